@@ -1,0 +1,154 @@
+"""What one generation asks for and what it yields. Imports nothing of ours: everything else imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class InvalidRequest(ValueError):
+    """A request that can never run as asked (HTTP 400). ``param`` names the offending field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, str | None]]:
+        return (type(self), (self.args[0], self.param))
+
+
+class EngineOverloaded(RuntimeError):
+    """The waiting queue is full: try again later (HTTP 503 with Retry-After)."""
+
+
+class EngineDead(RuntimeError):
+    """The step loop stopped after an internal error; the replica must be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    temperature: 0 is greedy. top_k: 0 keeps all. top_p in (0, 1]. min_p in [0, 1], relative to the most
+    likely token. seed: None draws one. max_tokens: None fills the context. stop: strings, cut from the text.
+    logprobs: None for none, n >= 0 for the chosen token and the n likeliest, from the raw logits.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        checks: tuple[tuple[str, bool, str], ...] = (
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_k", self.top_k >= 0, "0 (keep all) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
+            ("stop", all(self.stop), "non-empty strings"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+        )
+        for name, ok, allowed in checks:
+            if not ok:
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r} but must be {allowed}", name)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One row: a tokenized prompt for the base model or one adapter.
+
+    adapter: None for the base model, else what the adapter catalog resolves: a catalog name or a pinned
+    reference such as ``local:/path`` or ``hub:org/name@<commit>``. adapter_digest: when set, the content the
+    caller resolved; other content is refused, never served. tenant: who is asking (accounting only).
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapter: str | None = None
+    adapter_digest: str | None = None
+    tenant: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict (JSON types) that crosses process borders."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GenerationRequest:
+        """The inverse of ``to_dict``."""
+        values = dict(data)
+        sampling = dict(values.pop("sampling"))
+        for name in ("stop", "stop_token_ids"):
+            sampling[name] = tuple(sampling[name])
+        values["prompt_token_ids"] = tuple(values["prompt_token_ids"])
+        return cls(sampling=SamplingParams(**sampling), **values)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Raw (before temperature) natural-log probability of one generated token and of the likeliest ones.
+
+    ``text`` is the token decoded alone; ``top`` holds ``(token_id, logprob, text)``, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    text: str
+    top: tuple[tuple[int, float, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationChunk:
+    """What a request produced since its last chunk. ``finish_reason`` is set on the last one only.
+
+    ``text`` never ends in a broken character and never holds part of a stop string. Counts are totals so far.
+    ``stop_reason`` is the stop string or stop token id that ended it, None for end-of-sequence or length.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def __add__(self, later: GenerationChunk) -> GenerationChunk:
+        """This chunk and a later one of the same request as one."""
+        return GenerationChunk(
+            self.request_id,
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            later.prompt_tokens,
+            later.completion_tokens,
+            self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.stop_reason,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict (JSON types) that crosses process borders."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GenerationChunk:
+        """The inverse of ``to_dict``."""
+        values = dict(data)
+        values["token_ids"] = tuple(values["token_ids"])
+        values["logprobs"] = tuple(
+            TokenLogprob(p["token_id"], p["logprob"], p["text"], tuple((i, v, t) for i, v, t in p["top"]))
+            for p in values["logprobs"]
+        )
+        return cls(**values)

@@ -1,0 +1,50 @@
+"""Where one projection group's LoRA weights lie inside a packed adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """One packed projection group (q|k|v, o, gate|up or down) of one decoder layer.
+
+    An adapter is packed at its own rank r as one contiguous slab, so every offset is linear in r and is
+    kept here in units of rank. For a slab that starts at element ``s`` of the arena:
+
+    - A of slice i, ``(r, in_features)`` row-major, starts at ``s + r * a_unit(i)``;
+    - B of slice i, ``(out_features[i], r)`` row-major, starts at ``s + r * b_unit(i)``.
+
+    All A blocks come first, so the A of a whole group is one ``(slices * r, in_features)`` matrix.
+    """
+
+    unit: int
+    in_features: int
+    out_features: tuple[int, ...]
+
+    @property
+    def slices(self) -> int:
+        """Number of packed projections (3 for q|k|v, 2 for gate|up, 1 otherwise)."""
+        return len(self.out_features)
+
+    @property
+    def out_total(self) -> int:
+        """Width of the packed output row: the sum of ``out_features``."""
+        return sum(self.out_features)
+
+    @property
+    def size(self) -> int:
+        """Elements of this group per unit of rank."""
+        return self.slices * self.in_features + self.out_total
+
+    def a_unit(self, index: int) -> int:
+        """Offset of slice ``index``'s A, in units of rank."""
+        return self.unit + index * self.in_features
+
+    def b_unit(self, index: int) -> int:
+        """Offset of slice ``index``'s B, in units of rank."""
+        return self.unit + self.slices * self.in_features + sum(self.out_features[:index])
+
+    def out_start(self, index: int) -> int:
+        """First output column of slice ``index`` in the packed output row."""
+        return sum(self.out_features[:index])
