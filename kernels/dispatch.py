@@ -1,0 +1,55 @@
+"""Which implementation serves a tensor: the Triton kernel or its torch twin.
+
+The Triton names come from here so that every kernel module imports on a machine without Triton, where only the
+twins run. Kernels are decorated with :func:`jit`, which is ``triton.jit`` where Triton exists.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # no Triton wheel for this platform
+    triton: Any = None
+    tl: Any = None
+    HAS_TRITON = False
+
+__all__ = ["HAS_TRITON", "interpreter_on", "jit", "launchable", "tl", "triton", "use_triton"]
+
+
+def jit(function: Any) -> Any:
+    """``triton.jit``; without Triton the plain function, which is then never launched."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def interpreter_on() -> bool:
+    """Whether ``TRITON_INTERPRET`` asks for Triton's interpreter, which runs kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels serve ``tensor``; otherwise its torch twin does. Read at each call."""
+    return HAS_TRITON and (tensor.is_cuda or interpreter_on())
+
+
+def launchable(kernel: Any, tensor: Tensor) -> Any:
+    """``kernel`` itself, once it is known that it can run on ``tensor``'s device.
+
+    Triton fixes at import whether a kernel is compiled or interpreted.
+
+    Raises:
+        RuntimeError: ``TRITON_INTERPRET`` was set after the kernel's module had been imported.
+    """
+    if not tensor.is_cuda and isinstance(kernel, triton.JITFunction):
+        raise RuntimeError(
+            f"{kernel.__name__} was compiled for a GPU but got a {tensor.device} tensor: "
+            "set TRITON_INTERPRET=1 before the kernels are imported, or unset it to use the torch twin"
+        )
+    return kernel
