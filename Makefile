@@ -1,0 +1,57 @@
+# make serve | test | lint | clean. Nothing to install by hand: each target sets up .venv for itself.
+# PYTHON=... chooses the interpreter (3.11 to 3.13).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= serve_config.yaml
+PYTEST ?= $(BIN)/python -m pytest
+
+.PHONY: help serve test test-kernels test-rest lint format clean
+
+help:
+	@echo "make serve   run the server on $(CONFIG) (CONFIG=... for another)"
+	@echo "make test    run the test suite        make lint    ruff and basedpyright"
+	@echo "make format  apply ruff's format       make clean   remove $(VENV)"
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one or pass PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+# A token file written by some other local Ray would turn authentication on for one side only: say which we want.
+serve: export RAY_AUTH_MODE ?= disabled
+serve: $(VENV)/.serve
+	$(BIN)/serve run $(CONFIG)
+
+test: test-kernels test-rest
+
+# The Triton kernels run in Triton's interpreter, which is chosen when triton is imported: a run of their own.
+test-kernels: $(VENV)/.dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/kernels $(ARGS)
+
+test-rest: $(VENV)/.dev
+	RAY_AUTH_MODE=disabled $(PYTEST) tests --ignore=tests/kernels $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --warnings
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
