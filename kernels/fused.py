@@ -1,0 +1,90 @@
+"""The elementwise steps between a decoder's matrix products, one launch each.
+
+Rounding follows Hugging Face's modules, so 16-bit results agree with theirs to the last bits:
+
+- RMSNorm: statistics and normalising in fp32, rounded to the activations' dtype, then times the weight;
+- rotary embedding: cos and sin rounded to the activations' dtype, each product and the sum rounded to it;
+- SiLU: computed in fp32, rounded to the activations' dtype, then times ``up``.
+
+RMSNorm: Zhang and Sennrich 2019. Rotary embedding: Su et al. 2021, in the half-split form of GPT-NeoX.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels import reference_fused
+
+
+def residual_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+    """``residual += x`` in place when given, then ``out = rms_norm(residual or x) * weight``.
+
+    x, residual, out: (tokens, hidden), last dim contiguous; out may be x. weight: (hidden,).
+    Raises ValueError when shapes or strides do not fit together.
+    """
+    named = [("x", x), ("out", out)] if residual is None else [("x", x), ("residual", residual), ("out", out)]
+    for name, tensor in named:
+        if tensor.shape != x.shape or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} with strides {tensor.stride()}; it must be {tuple(x.shape)} with a "
+                "contiguous last dim"
+            )
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight is {tuple(weight.shape)} but must be ({x.shape[-1]},)")
+    reference_fused.residual_rms_norm(x, residual, weight, eps, out)
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    num_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotate q in place; write the rotated k, and v, to the cache. k and v inside ``qkv`` stay as they are.
+
+    qkv: (tokens, (num_heads + 2 * kv_heads) * head_dim), packed q|k|v, last dim contiguous.
+    cos_sin: (max_positions, head_dim) fp32, cosines then sines, head_dim / 2 of each.
+    positions: (tokens,) int64, rows of cos_sin.
+    kv_slots: (tokens,) int64, ``page * page_size + offset``; -1 writes nothing.
+    key_cache, value_cache: (pages, page_size, kv_heads, head_dim), last dim contiguous.
+    q_weight, k_weight: (head_dim,), both or neither: an RMSNorm of every q and k head before the rotation (Qwen3).
+    eps: of that norm.
+    Raises ValueError when shapes or strides do not fit together.
+    """
+    tokens = qkv.shape[0]
+    kv_heads, head_dim = key_cache.shape[2:]
+    if qkv.shape[1] != (num_heads + 2 * kv_heads) * head_dim or qkv.stride(1) != 1:
+        raise ValueError(
+            f"qkv is {tuple(qkv.shape)} with strides {qkv.stride()}; {num_heads} + 2 * {kv_heads} heads of {head_dim} "
+            f"need {(num_heads + 2 * kv_heads) * head_dim} contiguous columns"
+        )
+    if head_dim % 2 or cos_sin.shape[1] != head_dim:
+        raise ValueError(f"cos_sin has {cos_sin.shape[1]} columns; it needs head_dim, {head_dim}, an even number")
+    if positions.shape != (tokens,) or kv_slots.shape != (tokens,):
+        raise ValueError(f"positions {tuple(positions.shape)}, kv_slots {tuple(kv_slots.shape)}: each must be {tokens}")
+    if key_cache.shape != value_cache.shape or key_cache.stride(-1) != 1 or value_cache.stride(-1) != 1:
+        raise ValueError("key_cache and value_cache must be equal in shape with a contiguous last dim")
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("pass q_weight and k_weight together, or neither")
+    reference_fused.rope_write_kv(
+        qkv, cos_sin, positions, kv_slots, key_cache, value_cache, num_heads, q_weight, k_weight, eps
+    )
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """``out = silu(gate) * up``. gate_up: (tokens, 2 * inter), gate|up; out: (tokens, inter).
+
+    Raises ValueError when shapes or strides do not fit together.
+    """
+    tokens, width = gate_up.shape
+    if out.shape != (tokens, width // 2) or width % 2:
+        raise ValueError(f"out is {tuple(out.shape)} but gate_up {tuple(gate_up.shape)} needs ({tokens}, {width // 2})")
+    if gate_up.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError(f"strides {gate_up.stride()} and {out.stride()}: the last dim must be contiguous")
+    reference_fused.silu_mul(gate_up, out)
