@@ -1,0 +1,209 @@
+"""A PEFT LoRA checkpoint read from a folder and packed into one slab, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import safetensors
+import torch
+from safetensors.torch import load as parse_safetensors
+from torch import Tensor
+
+from adapter_store.errors import AdapterRefused
+from adapter_store.layout import AdapterLayout
+from adapter_store.packed import PackedAdapter
+from adapter_store.peft_config import MAX_CONFIG_BYTES, ModuleLora, PeftConfig
+from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HEADER_ALLOWANCE = 16 << 20  # bytes of a weights file that are not tensor data
+# base_model.model.<path>.lora_A.weight; the prefix and the adapter name before "weight" are optional.
+_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+?)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """The two files of a checkpoint, in memory: what is hashed is exactly what is packed."""
+
+    config: bytes
+    weights: bytes
+
+    @classmethod
+    def read(cls, folder: Path, name: str, max_weights_bytes: int | None = None) -> CheckpointFiles:
+        """Read both files. Raises AdapterRefused when one is missing, too large, or only a pickle is there."""
+        config = _read(folder / CONFIG_FILE, name, MAX_CONFIG_BYTES)
+        if not (folder / WEIGHTS_FILE).is_file() and (folder / "adapter_model.bin").is_file():
+            raise AdapterRefused(
+                name,
+                "its weights are a pickle (adapter_model.bin), which is never opened; convert them to "
+                f"{WEIGHTS_FILE}, for example with PEFT's save_pretrained(..., safe_serialization=True)",
+            )
+        return cls(config, _read(folder / WEIGHTS_FILE, name, max_weights_bytes))
+
+    def digest(self) -> str:
+        """The content's identity (``content_digest``), 64 hex digits."""
+        return content_digest(git_blob_sha1(self.config), hashlib.sha256(self.weights).hexdigest())
+
+
+def max_weights_bytes(layout: AdapterLayout, max_rank: int) -> int:
+    """The largest weights file that could be packed: every module at ``max_rank`` in fp32, and its header."""
+    return 4 * max_rank * layout.units + _HEADER_ALLOWANCE
+
+
+def pack_checkpoint(
+    folder: Path, layout: AdapterLayout, max_rank: int, dtype: torch.dtype, name: str, *, pin_memory: bool = False
+) -> PackedAdapter:
+    """Read and pack the checkpoint in ``folder``. Raises AdapterRefused; see ``pack_files``."""
+    files = CheckpointFiles.read(folder, name, max_weights_bytes(layout, max_rank))
+    return pack_files(files, layout, max_rank, dtype, name, digest=files.digest(), pin_memory=pin_memory)
+
+
+def pack_files(
+    files: CheckpointFiles,
+    layout: AdapterLayout,
+    max_rank: int,
+    dtype: torch.dtype,
+    name: str,
+    *,
+    digest: str,
+    pin_memory: bool = False,
+) -> PackedAdapter:
+    """Pack a checkpoint for ``layout`` at its own rank, the largest rank of its modules.
+
+    The slab is ``(rank * layout.units,)`` in ``dtype`` at the offsets of ``layout.lora_groups``. B is multiplied by the
+    module's scale once, in fp32, before the cast. Modules of a smaller rank are padded with zeros, modules that the
+    adapter does not target are zero.
+
+    Raises AdapterRefused, with ``name`` and the offending key and value, for everything that would make the result
+    differ from PEFT's: unsupported settings, a tensor without a module or a module without its tensors, wrong shapes or
+    types, another base model, a rank above ``max_rank``, values that are not finite in ``dtype``.
+    """
+    try:
+        config = PeftConfig.parse(files.config)
+        _check_base_model(config.base_model, layout.base_model)
+        paths = [path for path, *_ in layout.modules()]
+        promised = config.modules(paths)
+        pairs = _pair_tensors(_parse_weights(files.weights), promised, frozenset(paths))
+        rank = max(module.rank for module in promised.values())
+        if rank > max_rank:
+            raise ValueError(
+                f"rank {rank} is above the largest slot class ({max_rank}); add a class or train a lower rank"
+            )
+        slab = torch.zeros(rank * layout.units, dtype=dtype, pin_memory=pin_memory)
+        _fill(slab, rank, layout, promised, pairs)
+        _check_finite(slab, pairs)
+    except ValueError as error:
+        raise AdapterRefused(name, str(error)) from error
+    return PackedAdapter(name, digest, rank, slab)
+
+
+def _read(path: Path, name: str, limit: int | None) -> bytes:
+    try:
+        size = path.stat().st_size
+        if limit is not None and size > limit:
+            raise AdapterRefused(name, f"{path.name} has {size} bytes; at most {limit} can belong to this base model")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AdapterRefused(name, f"it has no {path.name}") from None
+    except OSError as error:
+        raise AdapterRefused(name, f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _check_base_model(adapter_base: str, served: str) -> None:
+    """An adapter belongs to the served model when either does not say, when both names are equal, or when their last
+    path components are (``meta-llama/Llama-3.1-8B`` and ``/models/Llama-3.1-8B``), letter case aside."""
+    if not adapter_base or not served:
+        return
+    ours, theirs = (PurePath(text.replace("\\", "/")).name.casefold() for text in (served, adapter_base))
+    if ours != theirs:
+        raise ValueError(f"it was trained for {adapter_base!r} but the base model here is {served!r}")
+
+
+def _parse_weights(data: bytes) -> dict[str, Tensor]:
+    try:
+        return parse_safetensors(data)
+    except (safetensors.SafetensorError, KeyError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{WEIGHTS_FILE} is truncated or corrupt: {error}") from error
+
+
+def _pair_tensors(
+    tensors: Mapping[str, Tensor], promised: Mapping[str, ModuleLora], known: frozenset[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The (A, B) of every promised module. Raises ValueError unless tensors and promises match one to one."""
+    if not tensors:
+        raise ValueError(f"{WEIGHTS_FILE} holds no tensors")
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _TENSOR.fullmatch(key)
+        path = match["path"] if match else None
+        if match is None or path not in known:
+            raise ValueError(f"tensor {key!r} matches no module of this base model{_hint(key)}")
+        if path not in promised:
+            raise ValueError(f"tensor {key!r} belongs to a module that target_modules does not name")
+        if match["half"] in halves.setdefault(path, {}):
+            raise ValueError(f"tensor {key!r} is there twice for one module; save one adapter per folder")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"tensor {key!r} is {tensor.dtype}; only float32, float16 and bfloat16 are read")
+        halves[path][match["half"]] = tensor
+    for path in promised:
+        missing = [f"lora_{half}" for half in "AB" if half not in halves.get(path, {})]
+        if missing:
+            raise ValueError(f"adapter_config.json targets {path!r} but its {' and '.join(missing)} tensor is missing")
+    if not promised:
+        raise ValueError("target_modules names no module of this base model")
+    return {path: (pair["A"], pair["B"]) for path, pair in halves.items()}
+
+
+def _hint(key: str) -> str:
+    for part, reason in (
+        ("lora_embedding_", ": LoRA on embeddings is not served"),
+        ("lora_magnitude_vector", ": DoRA is not served"),
+        ("modules_to_save", ": whole saved modules are not served"),
+        ("embed_tokens", ": embeddings are shared by all tenants"),
+        ("lm_head", ": the output head is shared by all tenants"),
+        (".bias", ": biases are not served"),
+    ):
+        if part in key:
+            return reason
+    return ""
+
+
+def _fill(
+    slab: Tensor,
+    rank: int,
+    layout: AdapterLayout,
+    promised: Mapping[str, ModuleLora],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    groups = [layout.lora_groups(layer) for layer in range(layout.num_layers)]
+    for path, layer, target, index in layout.modules():
+        if path not in pairs:
+            continue
+        a, b = pairs[path]
+        module = promised[path]
+        group = groups[layer][target.name]
+        inputs, outputs = group.in_features, group.out_features[index]
+        for half, tensor, shape in (("A", a, (module.rank, inputs)), ("B", b, (outputs, module.rank))):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"lora_{half} of {path!r} has shape {tuple(tensor.shape)} but base model and config make it {shape}"
+                )
+        a_start, b_start = rank * group.a_unit(index), rank * group.b_unit(index)
+        slab[a_start : a_start + rank * inputs].view(rank, inputs)[: module.rank].copy_(a)
+        slab[b_start : b_start + outputs * rank].view(outputs, rank)[:, : module.rank].copy_(b.float() * module.scale)
+
+
+def _check_finite(slab: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    # A sum that is finite proves that every element is; it costs a tenth of an element-wise test.
+    if math.isfinite(slab.sum(dtype=torch.float32).item()) or bool(torch.isfinite(slab).all()):
+        return
+    for path, pair in pairs.items():
+        for half, tensor in zip("AB", pair, strict=True):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"lora_{half} of {path!r} holds NaN or infinite values")
+    raise ValueError(f"its values overflow {slab.dtype}")

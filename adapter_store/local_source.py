@@ -1,0 +1,109 @@
+"""Adapters in folders of this machine (or of a file system mounted on it)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused
+from adapter_store.peft_config import MAX_CONFIG_BYTES
+from adapter_store.source import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterRef,
+    ResolvedAdapter,
+    content_digest,
+    git_blob_sha1,
+)
+
+# A file written this shortly before it was hashed could be written again within the same clock tick of its file
+# system, so its hash is not remembered yet.
+_SETTLED_NS = 100_000_000
+
+_Signature = tuple[int, int, int, int]
+
+
+class FileHashes:
+    """Hashes of files, recomputed only when a file's device, inode, size or modification time differs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[Path, tuple[_Signature, str]] = {}
+
+    def get(self, path: Path, compute: Callable[[Path], str]) -> str:
+        """The hash of ``path`` by ``compute``. Raises OSError when it cannot be read."""
+        before = _signature(path)
+        with self._lock:
+            known = self._known.get(path)
+        if known is not None and known[0] == before:
+            return known[1]
+        value = compute(path)
+        settled = time.time_ns() - before[3] > _SETTLED_NS
+        with self._lock:
+            if settled and _signature(path) == before:
+                self._known[path] = (before, value)
+            else:
+                self._known.pop(path, None)
+        return value
+
+
+class LocalSource:
+    """Folders. Thread-safe. ``resolve`` costs two stats unless a file changed since it was last hashed."""
+
+    def __init__(self) -> None:
+        self._hashes = FileHashes()
+
+    def resolve(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
+        """The folder's content now. Raises AdapterNotFound without a config file, AdapterRefused without weights."""
+        return ResolvedAdapter(name, ref, self._digest(name, Path(ref.id)))
+
+    def fetch(self, resolved: ResolvedAdapter) -> Path:
+        """The folder itself. Raises AdapterChanged when its content is no longer the resolved one."""
+        folder = Path(resolved.ref.id)
+        digest = self._digest(resolved.name, folder)
+        if digest != resolved.digest:
+            raise AdapterChanged(
+                resolved.name, f"its content is now {digest[:12]}, not {resolved.digest[:12]}: it was published again"
+            )
+        return folder
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _digest(self, name: str, folder: Path) -> str:
+        try:
+            if (folder / CONFIG_FILE).stat().st_size > MAX_CONFIG_BYTES:
+                raise AdapterRefused(name, f"its {CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
+            config = self._hashes.get(folder / CONFIG_FILE, lambda path: git_blob_sha1(path.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            raise AdapterNotFound(name, f"there is no {CONFIG_FILE} in its folder") from None
+        except OSError as error:
+            raise AdapterRefused(name, f"{CONFIG_FILE} cannot be read: {error.strerror}") from error
+        try:
+            weights = self._hashes.get(folder / WEIGHTS_FILE, sha256_file)
+        except FileNotFoundError:
+            if (folder / "adapter_model.bin").exists():
+                raise AdapterRefused(
+                    name,
+                    "its weights are a pickle (adapter_model.bin), which is never opened; convert them to "
+                    f"{WEIGHTS_FILE}, for example with PEFT's save_pretrained(..., safe_serialization=True)",
+                ) from None
+            raise AdapterRefused(name, f"there is no {WEIGHTS_FILE} in its folder") from None
+        except OSError as error:
+            raise AdapterRefused(name, f"{WEIGHTS_FILE} cannot be read: {error.strerror}") from error
+        return content_digest(config, weights)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _signature(path: Path) -> _Signature:
+    stat = os.stat(path)  # noqa: PTH116 - follows links, and is the hot path of every request
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

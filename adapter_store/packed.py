@@ -1,0 +1,25 @@
+"""An adapter in host memory, laid out exactly as a slot is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedAdapter:
+    """One adapter as one slab, ready for a single copy into a slot.
+
+    name: what it was first asked for as. digest: its content. rank: the largest rank of its modules.
+    slab: (rank * layout.units,) in the model's dtype, on the CPU, pinned where slots are on a GPU; scale folded into B.
+    """
+
+    name: str
+    digest: str
+    rank: int
+    slab: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.slab.numel() * self.slab.element_size()

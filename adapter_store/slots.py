@@ -1,0 +1,307 @@
+"""Adapter slots in the memory that the kernels read: one arena, fixed rank classes, LRU, reference counts."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapter_store.layout import AdapterLayout
+from adapter_store.packed import PackedAdapter
+
+SLOT_ALIGNMENT = 128  # elements; keeps every slot start aligned for 16-byte (and wider) loads
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One adapter's place. The pool changes it; others only read ``index``, ``digest`` and ``rank``.
+
+    index: row of the slot table, what the kernels take as the adapter's index. offset: first element in the arena.
+    class_rank: the largest rank that fits. rank: the adapter's rank. refs: requests that use it now.
+    """
+
+    index: int
+    class_rank: int
+    offset: int
+    capacity: int
+    digest: str | None = None
+    rank: int = 0
+    refs: int = 0
+    loaded: bool = False
+    _source: PackedAdapter | None = field(default=None, repr=False)
+    _copied: torch.cuda.Event | None = field(default=None, repr=False)
+    _last_read: torch.cuda.Event | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """A moment's picture of the pool that any thread may keep. ``version`` grows with every change.
+
+    adapters: digest -> rank of what is in a slot. capacity: rank class -> slots. free: rank class -> empty slots.
+    """
+
+    version: int
+    adapters: Mapping[str, int]
+    capacity: Mapping[int, int]
+    free: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStats:
+    """Totals since the start: acquisitions that found their adapter, that did not, and adapters put out for others.
+
+    exhausted: acquisitions that got nothing because every slot that fits was in use.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    exhausted: int
+
+
+class SlotPool:
+    """The slots of one replica.
+
+    Owned by the thread that launches the steps: every method is called from it, except ``residency`` and ``stats``,
+    which any thread may call. Choice of a slot for an adapter that is not resident, best first: an empty slot of the
+    smallest class that fits; an empty slot of a larger class; the least recently used slot without references of the
+    smallest class that fits; the same of a larger class.
+
+    Order of memory operations on CUDA. Copies run on a stream of the pool's own. ``step_done`` records an event behind
+    each step, ``release`` keeps the latest one with the slot, and whatever is next written there waits for it: call
+    ``step_done`` after the launch of a step and before the release of a slot that this step reads. A step that reads
+    a slot may be launched once ``ready(slot)`` is true, or behind ``wait(slot)``. On the CPU all of this is in program
+    order.
+    """
+
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        classes: Mapping[int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        poison: bool = False,
+        on_change: Callable[[Residency], None] | None = None,
+    ) -> None:
+        """Allocate the arena.
+
+        classes: rank -> number of slots. poison: fill memory that holds no adapter with NaN (tests).
+        on_change: called with the new residency, on the owner's thread, after each load and eviction.
+        Raises ValueError when ``classes`` is empty or holds a rank or count below 1.
+        """
+        if not classes or any(rank < 1 or count < 1 for rank, count in classes.items()):
+            raise ValueError(f"slots is {dict(classes)!r} but must map ranks of 1 or more to counts of 1 or more")
+        self.layout = layout
+        self.device = torch.device(device)
+        self.max_rank = max(classes)
+        self._classes = dict(sorted(classes.items()))
+        self._poison = poison
+        self._on_change = on_change
+        self._slots: list[Slot] = []
+        offset = 0
+        for rank, count in self._classes.items():
+            capacity = math.ceil(rank * layout.units / SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+            for _ in range(count):
+                self._slots.append(Slot(len(self._slots), rank, offset, capacity))
+                offset += capacity
+        fill = math.nan if poison else 0.0
+        #: (elements,) what the kernels read weights from.
+        self.arena: Tensor = torch.full((offset,), fill, dtype=dtype, device=self.device)
+        #: (slots, 2) int64: element offset and rank; rank 0 where no adapter is.
+        self.slot_table: Tensor = torch.zeros((len(self._slots), 2), dtype=torch.int64, device=self.device)
+        self._cuda = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if self._cuda else None
+        # One row per slot, so that no row is rewritten while another slot's copy still reads it.
+        self._host_rows = torch.zeros((len(self._slots), 2), dtype=torch.int64, pin_memory=self._cuda)
+        self._zero_row = torch.zeros(2, dtype=torch.int64, pin_memory=self._cuda)
+        self._last_step: torch.cuda.Event | None = None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._resident: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
+        self._free: dict[int, list[Slot]] = {rank: [] for rank in self._classes}
+        for slot in reversed(self._slots):
+            self._free[slot.class_rank].append(slot)
+        self._hits = self._misses = self._evictions = self._exhausted = 0
+        self._residency = Residency(0, {}, dict(self._classes), dict(self._classes))
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def find(self, digest: str) -> Slot | None:
+        """The slot that holds this content (loaded or on its way), without taking a reference."""
+        return self._resident.get(digest)
+
+    def acquire(self, digest: str, rank: int | None = None) -> Slot | None:
+        """Take a reference to the slot of ``digest``, assigning one when it has none.
+
+        With ``rank`` None only an adapter that already has a slot is found. None is returned when there is no slot to
+        give. When ``slot.loaded`` is false the caller must ``load`` it, or ``release`` it again.
+        Raises ValueError when no class is as large as ``rank``.
+        """
+        return self.acquire_all([(digest, rank)])[0]
+
+    def acquire_all(self, wanted: Sequence[tuple[str, int | None]]) -> list[Slot | None]:
+        """``acquire`` for several requests: all that are resident take their references before any slot is given
+        away, so one request of a batch never puts out the adapter of another."""
+        for _, rank in wanted:
+            if rank is not None and not 1 <= rank <= self.max_rank:
+                raise ValueError(f"rank {rank} fits no slot class; the classes are {list(self._classes)}")
+        given: list[Slot | None] = [self._take_resident(digest) for digest, _ in wanted]
+        for position, (digest, rank) in enumerate(wanted):
+            if given[position] is None and rank is not None:
+                # An earlier request of this batch may have been given a slot for the same adapter.
+                given[position] = self._take_resident(digest, hit=False) or self._assign(digest, rank)
+        return given
+
+    def touch(self, digests: Iterable[str]) -> None:
+        """Mark adapters as just used, so that they are put out last."""
+        for digest in digests:
+            if digest in self._resident:
+                self._resident.move_to_end(digest)
+
+    def load(self, slot: Slot, packed: PackedAdapter) -> None:
+        """Copy the adapter into its slot: one copy, behind the last step that read what was there before.
+
+        The slot table's row follows the copy on the same stream. Does not block on CUDA.
+        """
+        assert slot.digest == packed.digest, "the slot was assigned to other content"
+        assert slot.refs > 0, "a slot without references may be given away at any time"
+        assert packed.slab.numel() == packed.rank * self.layout.units <= slot.capacity
+        assert packed.slab.dtype == self.arena.dtype
+        target = self.arena[slot.offset : slot.offset + packed.slab.numel()]
+        row = self._host_rows[slot.index]
+        row[0], row[1] = slot.offset, packed.rank
+        if self._stream is None:
+            target.copy_(packed.slab)
+            self.slot_table[slot.index].copy_(row)
+        else:
+            with torch.cuda.stream(self._stream):
+                if slot._last_read is not None:
+                    self._stream.wait_event(slot._last_read)
+                target.copy_(packed.slab, non_blocking=True)
+                self.slot_table[slot.index].copy_(row, non_blocking=True)
+                slot._copied = torch.cuda.Event()
+                slot._copied.record(self._stream)
+            slot._source = packed  # the pinned memory must outlive the copy
+        slot.rank = packed.rank
+        slot.loaded = True
+        self._changed()
+
+    def ready(self, slot: Slot) -> bool:
+        """Whether steps launched from now on may read the slot. Never blocks."""
+        if not slot.loaded:
+            return False
+        if slot._copied is not None:
+            if not slot._copied.query():
+                return False
+            slot._copied = slot._source = None
+        return True
+
+    def wait(self, slot: Slot, stream: torch.cuda.Stream | None = None) -> None:
+        """Make ``stream`` (default: the current one) wait for the slot's copy; the host does not wait."""
+        assert slot.loaded
+        if slot._copied is not None:
+            (stream or torch.cuda.current_stream(self.device)).wait_event(slot._copied)
+
+    def step_done(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Say that a step has been launched on ``stream`` (default: the current one). Nothing on the CPU."""
+        if self._cuda:
+            self._last_step = torch.cuda.Event()
+            self._last_step.record(stream or torch.cuda.current_stream(self.device))
+
+    def release(self, slot: Slot) -> None:
+        """Give one reference back. The adapter stays resident until its slot is needed; a slot that was never loaded
+        is empty again at once."""
+        assert slot.refs > 0, "released more often than acquired"
+        assert slot.digest is not None
+        slot.refs -= 1
+        slot._last_read = self._last_step
+        self._resident.move_to_end(slot.digest)
+        if slot.refs == 0 and not slot.loaded:
+            self._vacate(slot)
+            self._free[slot.class_rank].append(slot)
+
+    def clear(self) -> None:
+        """Empty every slot that no request uses."""
+        for slot in [slot for slot in self._resident.values() if slot.refs == 0]:
+            self._vacate(slot)
+            self._free[slot.class_rank].append(slot)
+        self._changed()
+
+    def residency(self) -> Residency:
+        """What is in the slots now. Any thread."""
+        return self._residency
+
+    def stats(self) -> SlotStats:
+        """Counters so far. Any thread."""
+        return SlotStats(self._hits, self._misses, self._evictions, self._exhausted)
+
+    def _take_resident(self, digest: str, *, hit: bool = True) -> Slot | None:
+        slot = self._resident.get(digest)
+        if slot is None:
+            return None
+        self._resident.move_to_end(digest)
+        slot.refs += 1
+        self._hits += hit
+        return slot
+
+    def _assign(self, digest: str, rank: int) -> Slot | None:
+        slot = self._empty_slot(rank) or self._evict_for(rank)
+        if slot is None:
+            self._exhausted += 1
+            return None
+        self._misses += 1
+        slot.digest, slot.rank, slot.refs = digest, rank, 1
+        self._resident[digest] = slot
+        return slot
+
+    def _empty_slot(self, rank: int) -> Slot | None:
+        for class_rank, free in self._free.items():
+            if class_rank >= rank and free:
+                return free.pop()
+        return None
+
+    def _evict_for(self, rank: int) -> Slot | None:
+        victim: Slot | None = None
+        for slot in self._resident.values():  # least recently used first
+            fits = slot.refs == 0 and slot.class_rank >= rank
+            if fits and (victim is None or slot.class_rank < victim.class_rank):
+                victim = slot
+        if victim is not None:
+            self._vacate(victim)
+            self._evictions += 1
+            self._changed()
+        return victim
+
+    def _vacate(self, slot: Slot) -> None:
+        """Forget the adapter; its row goes to rank 0 behind the last step that read it."""
+        assert slot.refs == 0 and slot.digest is not None
+        del self._resident[slot.digest]
+        slot.digest, slot.rank, slot.loaded = None, 0, False
+        region = self.arena[slot.offset : slot.offset + slot.capacity]
+        if self._stream is None:
+            self.slot_table[slot.index].zero_()
+            if self._poison:
+                region.fill_(math.nan)
+            return
+        with torch.cuda.stream(self._stream):
+            if slot._last_read is not None:
+                self._stream.wait_event(slot._last_read)
+            self.slot_table[slot.index].copy_(self._zero_row, non_blocking=True)
+            if self._poison:
+                region.fill_(math.nan)
+
+    def _changed(self) -> None:
+        self._residency = Residency(
+            self._residency.version + 1,
+            {digest: slot.rank for digest, slot in self._resident.items() if slot.loaded},
+            self._residency.capacity,
+            {rank: len(free) for rank, free in self._free.items()},
+        )
+        if self._on_change is not None:
+            self._on_change(self._residency)

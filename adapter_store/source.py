@@ -1,0 +1,106 @@
+"""Where an adapter comes from and which content exactly: references, digests, and what a source must do."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """Where an adapter is kept: ``local:<folder>`` or ``hub:<org>/<name>[@<revision>]``."""
+
+    source: Literal["local", "hub"]
+    id: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterRef:
+        """Read the string form.
+
+        Raises ValueError when the scheme is neither ``local:`` nor ``hub:``, or the repository id or revision
+        could not be one (so that a reference can never climb out of the Hub's API paths).
+        """
+        scheme, colon, rest = text.partition(":")
+        if not colon or scheme not in {"local", "hub"}:
+            raise ValueError(f"adapter reference {text!r} must start with 'local:' (a folder) or 'hub:' (org/name@rev)")
+        if scheme == "local":
+            if not rest or "\0" in rest:
+                raise ValueError(f"adapter reference {text!r} names no folder; write local:/path/to/adapter")
+            return cls("local", rest)
+        repo, at, revision = rest.partition("@")
+        if not _REPO_ID.fullmatch(repo) or ".." in repo:
+            raise ValueError(
+                f"adapter reference {text!r} names no Hub repository; write hub:org/name or hub:org/name@rev"
+            )
+        if at and (not _REVISION.fullmatch(revision) or ".." in revision):
+            raise ValueError(f"adapter reference {text!r} has no valid revision after '@': a branch, tag or commit")
+        return cls("hub", repo, revision or None)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the reference names one commit for ever (a local folder never does)."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.id}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedAdapter:
+    """A name that was looked up: where the content is and which content it is.
+
+    ``name`` is what the caller asked for. ``ref`` is pinned to a commit where the source has commits.
+    ``digest`` identifies the content (see ``content_digest``); every cache is keyed by it.
+    """
+
+    name: str
+    ref: AdapterRef
+    digest: str
+
+
+class AdapterSource(Protocol):
+    """What the catalog and the store need of a place that keeps adapters. Implementations are thread-safe."""
+
+    def resolve(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
+        """Find the content that ``ref`` names now, cheaply where nothing changed.
+
+        Raises AdapterNotFound, AdapterRefused or AdapterUnavailable.
+        """
+        ...
+
+    def fetch(self, resolved: ResolvedAdapter) -> Path:
+        """Bring the content to this machine: a folder that holds the two files.
+
+        Raises what ``resolve`` raises, and AdapterChanged when the content is no longer the resolved one.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the source holds open."""
+        ...
+
+
+def content_digest(config_blob: str, weights_sha256: str) -> str:
+    """The identity of an adapter's content, as 64 hex digits.
+
+    config_blob: git blob sha1 of adapter_config.json. weights_sha256: sha256 of adapter_model.safetensors. These two
+    are what the Hub reports without a download, so a Hub repository and a local copy of it have the same digest.
+    """
+    text = f"{CONFIG_FILE} {config_blob}\n{WEIGHTS_FILE} {weights_sha256}\n"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def git_blob_sha1(data: bytes) -> str:
+    """The object id that git gives a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

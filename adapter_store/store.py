@@ -1,0 +1,137 @@
+"""Adapters by name or digest, packed and ready for a slot: catalog, sources and host cache behind one door."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from adapter_store.catalog import Catalog
+from adapter_store.checkpoint import CheckpointFiles, max_weights_bytes, pack_files
+from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused
+from adapter_store.host_cache import HostCache
+from adapter_store.layout import AdapterLayout
+from adapter_store.packed import PackedAdapter
+from adapter_store.settings import StoreSettings
+from adapter_store.single_flight import SingleFlight
+from adapter_store.source import AdapterRef, ResolvedAdapter
+
+
+class AdapterStore:
+    """Loads adapters of one base model. Thread-safe; every method may block on disk or network."""
+
+    def __init__(
+        self,
+        settings: StoreSettings,
+        layout: AdapterLayout,
+        dtype: torch.dtype,
+        max_rank: int,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        """max_rank: the largest slot class. pin_memory: set where slots are on a GPU.
+
+        Raises ValueError when the settings name a folder that does not exist.
+        """
+        self.catalog = Catalog(settings)
+        self.host_cache = HostCache(settings.host_cache_bytes)
+        self._layout = layout
+        self._dtype = dtype
+        self._max_rank = max_rank
+        self._pin_memory = pin_memory
+        self._flights: SingleFlight[PackedAdapter] = SingleFlight()
+        self._refusals = _RecentRefusals(settings.negative_ttl_s)
+
+    def resolve(self, name: str) -> ResolvedAdapter:
+        """What a client's name means now; see ``Catalog.resolve``."""
+        return self.catalog.resolve(name)
+
+    def load(self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None = None) -> PackedAdapter:
+        """The adapter, packed. Concurrent calls for the same content share the work.
+
+        adapter: a name as a client gives it, checked against the catalog; or an AdapterRef or ResolvedAdapter, which
+        are trusted, as is a reference string that comes with a digest (only someone who resolved it knows that).
+        digest: the content that is wanted; what is in the host cache is then found without asking any source.
+
+        Raises AdapterNotFound, AdapterRefused, AdapterUnavailable, and AdapterChanged when the content found is not
+        the one of ``digest``: resolve again.
+        """
+        if isinstance(adapter, ResolvedAdapter):
+            digest = digest or adapter.digest
+        if digest is not None:
+            packed = self.host_cache.get(digest)
+            if packed is not None:
+                return packed
+        resolved = self._resolve(adapter, digest)
+        if digest is not None and resolved.digest != digest:
+            raise AdapterChanged(
+                resolved.name, f"its content is now {resolved.digest[:12]}, not the {digest[:12]} that was asked for"
+            )
+        if digest is None:
+            packed = self.host_cache.get(resolved.digest)
+            if packed is not None:
+                return packed
+        self._refusals.check(resolved)
+        return self._flights.run(resolved.digest, lambda: self._load(resolved))
+
+    def close(self) -> None:
+        """Close the sources and drop the host cache."""
+        self.catalog.close()
+        self.host_cache.clear()
+
+    def _resolve(self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None) -> ResolvedAdapter:
+        if isinstance(adapter, ResolvedAdapter):
+            return adapter
+        if isinstance(adapter, AdapterRef):
+            return self.catalog.resolve_ref(str(adapter), adapter)
+        if digest is not None and adapter.startswith(("hub:", "local:")):
+            try:
+                ref = AdapterRef.parse(adapter)
+            except ValueError as error:
+                raise AdapterNotFound(adapter, str(error)) from error
+            return self.catalog.resolve_ref(adapter, ref)
+        return self.catalog.resolve(adapter)
+
+    def _load(self, resolved: ResolvedAdapter) -> PackedAdapter:
+        try:
+            folder = self.catalog.fetch(resolved)
+            files = CheckpointFiles.read(folder, resolved.name, max_weights_bytes(self._layout, self._max_rank))
+            if files.digest() != resolved.digest:
+                raise AdapterChanged(resolved.name, "its files changed while they were read: resolve again")
+            packed = pack_files(
+                files,
+                self._layout,
+                self._max_rank,
+                self._dtype,
+                resolved.name,
+                digest=resolved.digest,
+                pin_memory=self._pin_memory,
+            )
+        except AdapterRefused as error:
+            self._refusals.add(resolved.digest, error)
+            raise
+        self.host_cache.put(packed)
+        return packed
+
+
+class _RecentRefusals:
+    """Refusals by digest, remembered for a short while so that a bad adapter in a retry loop is not read each time."""
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._lock = threading.Lock()
+        self._until: dict[str, tuple[float, AdapterError]] = {}
+
+    def add(self, digest: str, error: AdapterError) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._until = {key: entry for key, entry in self._until.items() if entry[0] > now}
+            self._until[digest] = (now + self._ttl_s, error)
+
+    def check(self, resolved: ResolvedAdapter) -> None:
+        """Raise the remembered refusal, under the name asked for now."""
+        with self._lock:
+            until, error = self._until.get(resolved.digest, (0.0, None))
+        if error is not None and until > time.monotonic():
+            raise type(error)(resolved.name, error.reason)
