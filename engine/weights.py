@@ -86,7 +86,7 @@ def _checkpoint_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index_file} is no safetensors index: {error!r}") from error
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index_file} names {name!r}, which is no file of its own folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist, but {index_file} names it: download it")
