@@ -14,14 +14,32 @@ captured in a CUDA graph. Page-table entries, page tails and pages that no query
 arithmetic: they may hold NaN. Softmax and sums are fp32.
 
 The kernels follow FlashAttention-2 (Dao 2023) and its split-KV decoding, over pages as in PagedAttention
-(Kwon et al. 2023).
+(Kwon et al. 2023). Keys are walked in blocks that begin at multiples of the block size, and a block that a query
+may not see changes no bit of its result; so a query's bits depend on its own row and, in decode, on num_splits.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import reference_attention
+from kernels.attention_kernels import combine_kernel, decode_kernel, prefill_kernel
+from kernels.dispatch import interpreter_on, launchable, triton, use_triton
+
+_LOG2_E = 1.4426950408889634
+_MAX_SPLITS = 16
+_KEYS_PER_SPLIT = 256  # table capacity that earns one more split
+
+
+def default_splits(max_pages: int, page_size: int) -> int:
+    """Pieces that decode cuts a row's keys into, for a page table of ``max_pages`` columns.
+
+    One per 256 positions of capacity, 1 to 16. It depends on neither the batch size nor any row's length: as long as
+    the table keeps its width, a row's bits stay the same in every batch. Splits that a short row leaves empty end
+    at once.
+    """
+    return max(1, min(_MAX_SPLITS, max_pages * page_size // _KEYS_PER_SPLIT))
 
 
 def paged_decode(
@@ -47,9 +65,70 @@ def paged_decode(
     _check(q, key_cache, value_cache, page_table, context_lens, out)
     if q.shape[0] != context_lens.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows but context_lens {context_lens.shape[0]}; decode takes one per row")
-    reference_attention.paged_decode(
-        q, key_cache, value_cache, page_table, context_lens, out, scale, sliding_window, num_splits
+    rows, heads, head_dim = q.shape
+    page_size, kv_heads = key_cache.shape[1:3]
+    splits = default_splits(page_table.shape[1], page_size) if num_splits is None else num_splits
+    if splits < 1:
+        raise ValueError(f"num_splits is {num_splits} but must be 1 or more, or None to choose")
+    if not use_triton(q):
+        reference_attention.paged_decode(
+            q, key_cache, value_cache, page_table, context_lens, out, scale, sliding_window, splits
+        )
+        return
+    if rows == 0:
+        return
+    group = heads // kv_heads
+    block_d = triton.next_power_of_2(head_dim)
+    block_n = 32 if q.element_size() == 4 or block_d > 128 else 64
+    # One split writes to out at once and needs no scratch.
+    scratch = (rows, heads, splits) if splits > 1 else (0, 0, 0)
+    sums = torch.empty((*scratch, head_dim), dtype=torch.float32, device=q.device)
+    peaks = torch.empty(scratch, dtype=torch.float32, device=q.device)
+    masses = torch.empty(scratch, dtype=torch.float32, device=q.device)
+    launchable(decode_kernel, q)[(splits, kv_heads, rows)](
+        q,
+        key_cache,
+        value_cache,
+        page_table,
+        context_lens,
+        out,
+        sums,
+        peaks,
+        masses,
+        *q.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        page_table.stride(0),
+        *out.stride()[:2],
+        scale * _LOG2_E,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        WINDOW=sliding_window,
+        SPLITS=splits,
+        BLOCK_M=max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows at least
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        WIDEN=_widen(q),
+        num_warps=4,
+        num_stages=2,
     )
+    if splits > 1:
+        launchable(combine_kernel, q)[(heads, rows)](
+            sums,
+            peaks,
+            masses,
+            context_lens,
+            out,
+            *out.stride()[:2],
+            HEAD_DIM=head_dim,
+            WINDOW=sliding_window,
+            SPLITS=splits,
+            BLOCK_N=block_n,
+            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
 
 
 def paged_prefill(
@@ -79,7 +158,30 @@ def paged_prefill(
         raise ValueError(
             f"query_starts has {query_starts.shape[0]} entries but must have rows + 1 = {context_lens.shape[0] + 1}"
         )
-    reference_attention.paged_prefill(
+    rows, heads = context_lens.shape[0], q.shape[1]
+    page_size, kv_heads, head_dim = key_cache.shape[1:]
+    if not use_triton(q):
+        reference_attention.paged_prefill(
+            q,
+            key_cache,
+            value_cache,
+            page_table,
+            query_starts,
+            context_lens,
+            out,
+            scale,
+            max_query_len,
+            sliding_window,
+        )
+        return
+    if rows == 0 or max_query_len == 0:
+        return
+    group = heads // kv_heads
+    block_d = triton.next_power_of_2(head_dim)
+    full = q.element_size() == 4  # fp32 runs on the plain units and fills registers fast
+    block_m = 32 if full else 64
+    block_n = 32 if full or block_d > 128 else 64
+    launchable(prefill_kernel, q)[(triton.cdiv(max_query_len * group, block_m), rows, kv_heads)](
         q,
         key_cache,
         value_cache,
@@ -87,10 +189,27 @@ def paged_prefill(
         query_starts,
         context_lens,
         out,
-        scale,
-        max_query_len,
-        sliding_window,
+        *q.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        page_table.stride(0),
+        *out.stride()[:2],
+        scale * _LOG2_E,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        WINDOW=sliding_window,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        WIDEN=_widen(q),
+        num_warps=4,
+        num_stages=2,
     )
+
+
+def _widen(q: Tensor) -> bool:
+    return q.dtype is torch.bfloat16 and interpreter_on()
 
 
 def _check(
@@ -109,6 +228,17 @@ def _check(
         raise ValueError(f"out {tuple(out.shape)} must have q's shape, {tuple(q.shape)}")
     if page_table.shape[0] != context_lens.shape[0]:
         raise ValueError(f"page_table has {page_table.shape[0]} rows but context_lens {context_lens.shape[0]}")
-    for name, tensor in (("q", q), ("key_cache", key_cache), ("value_cache", value_cache), ("out", out)):
+    if q.dtype != key_cache.dtype or q.dtype != value_cache.dtype:
+        raise ValueError(
+            f"q is {q.dtype}, the caches {key_cache.dtype} and {value_cache.dtype}: they must be one dtype"
+        )
+    for name, tensor in (
+        ("q", q),
+        ("key_cache", key_cache),
+        ("value_cache", value_cache),
+        ("page_table", page_table),
+        ("context_lens", context_lens),
+        ("out", out),
+    ):
         if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} in head_dim; pass one with a contiguous last dim")
+            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dim, which must be contiguous")

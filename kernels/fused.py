@@ -14,6 +14,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels import reference_fused
+from kernels.dispatch import launchable, triton, use_triton
+from kernels.fused_kernels import residual_rms_norm_kernel, rope_write_kv_kernel, silu_mul_kernel
 
 
 def residual_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -31,7 +33,27 @@ def residual_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: f
             )
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight is {tuple(weight.shape)} but must be ({x.shape[-1]},)")
-    reference_fused.residual_rms_norm(x, residual, weight, eps, out)
+    if not use_triton(x):
+        reference_fused.residual_rms_norm(x, residual, weight, eps, out)
+        return
+    tokens, hidden = x.shape
+    if tokens == 0:
+        return
+    block = triton.next_power_of_2(hidden)
+    launchable(residual_rms_norm_kernel, x)[(tokens,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        eps,
+        HIDDEN=hidden,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+    )
 
 
 def rope_write_kv(
@@ -72,8 +94,36 @@ def rope_write_kv(
         raise ValueError("key_cache and value_cache must be equal in shape with a contiguous last dim")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("pass q_weight and k_weight together, or neither")
-    reference_fused.rope_write_kv(
-        qkv, cos_sin, positions, kv_slots, key_cache, value_cache, num_heads, q_weight, k_weight, eps
+    if not use_triton(qkv):
+        reference_fused.rope_write_kv(
+            qkv, cos_sin, positions, kv_slots, key_cache, value_cache, num_heads, q_weight, k_weight, eps
+        )
+        return
+    if tokens == 0:
+        return
+    block_h = min(8, triton.next_power_of_2(num_heads + kv_heads))
+    launchable(rope_write_kv_kernel, qkv)[(tokens, triton.cdiv(num_heads + kv_heads, block_h))](
+        qkv,
+        cos_sin,
+        positions,
+        kv_slots,
+        key_cache,
+        value_cache,
+        qkv if q_weight is None else q_weight,
+        qkv if k_weight is None else k_weight,
+        qkv.stride(0),
+        cos_sin.stride(0),
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        eps,
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=key_cache.shape[1],
+        NORM=q_weight is not None,
+        BLOCK_H=block_h,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        num_warps=4,
     )
 
 
@@ -87,4 +137,13 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         raise ValueError(f"out is {tuple(out.shape)} but gate_up {tuple(gate_up.shape)} needs ({tokens}, {width // 2})")
     if gate_up.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError(f"strides {gate_up.stride()} and {out.stride()}: the last dim must be contiguous")
-    reference_fused.silu_mul(gate_up, out)
+    if not use_triton(gate_up):
+        reference_fused.silu_mul(gate_up, out)
+        return
+    inter = width // 2
+    if tokens == 0:
+        return
+    block = min(1024, triton.next_power_of_2(inter))
+    launchable(silu_mul_kernel, gate_up)[(tokens, triton.cdiv(inter, block))](
+        gate_up, out, gate_up.stride(0), out.stride(0), INTER=inter, BLOCK=block, num_warps=4
+    )
