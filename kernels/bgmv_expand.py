@@ -1,0 +1,330 @@
+"""LoRA B for decode: one row a token, each row with its own adapter.
+
+After Punica's BGMV (Chen et al. 2023, arXiv 2310.18547) with the call that LoRAX exposes. Products and sums are
+fp32 and rounded once to the output's dtype. Rows of index -1 are neither read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.dispatch import jit, launchable, tl, triton, use_triton
+from kernels.lora_checks import (
+    FLOATS,
+    HALVES,
+    INTEGERS,
+    check_arena,
+    check_indices,
+    check_output,
+    check_override,
+    check_rows,
+    check_tensor,
+    check_weights,
+)
+from kernels.lora_group import LoraGroup
+from kernels.lora_tiles import locate_tile, row_products, tile_products, write_tile
+from kernels.op_configs import EXPAND_KEYS, EXPAND_SLICES_KEYS, POWERS, get_lora_op_configs, packed, unpacked
+
+__all__ = ["bgmv_expand", "bgmv_expand_slices", "get_lora_op_configs"]
+
+
+def bgmv_expand(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    add_inputs: bool = True,
+    override_config: Mapping[str, int] | None = None,
+) -> None:
+    """``output_tensor[i] (+)= lora_b_weights[lora_indices_tensor[i]] @ inputs[i]``, in place.
+
+    Also ``torch.ops.lorafleet.bgmv_expand``, which torch.compile sees as one operation. Launches without a host
+    synchronisation, so it may be captured in a CUDA graph.
+
+    Args:
+        inputs: (batch, rank) fp16|bf16|fp32; row stride free.
+        lora_b_weights: (lora_num, hidden, rank) or (lora_num, 1, hidden, rank) fp16|bf16; the slot stride is free,
+            the last two dimensions contiguous. Any rank >= 1 and any hidden >= 1.
+        output_tensor: (batch, hidden) fp16|bf16|fp32; row stride free.
+        lora_indices_tensor: (batch,) int32|int64; -1 leaves the row of the output untouched. Values of lora_num or
+            more are refused on a CPU; on a GPU, where that would cost a synchronisation, they must not occur.
+        add_inputs: add to the output; False overwrites it.
+        override_config: any of BLOCK_N, SPLIT_N (programs over hidden; need not divide it), num_warps, num_stages;
+            what is absent comes from :func:`get_lora_op_configs`.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
+    """
+    check_override("bgmv_expand", override_config, EXPAND_KEYS, POWERS)
+    torch.ops.lorafleet.bgmv_expand(
+        inputs,
+        lora_b_weights,
+        output_tensor,
+        lora_indices_tensor,
+        add_inputs,
+        packed(EXPAND_KEYS, override_config),
+    )
+
+
+def bgmv_expand_slices(
+    inputs: Tensor,
+    arena: Tensor,
+    slot_table: Tensor,
+    output: Tensor,
+    lora_indices: Tensor,
+    group: LoraGroup,
+    add_inputs: bool = True,
+    override_config: Mapping[str, int] | None = None,
+) -> None:
+    """LoRA B of a packed projection group in one launch, adapters of mixed ranks read in place from the arena.
+
+    For slice s of the group, with columns ``c = out_start(s) ... out_start(s) + out_features[s]``:
+    ``output[i, c] (+)= B[lora_indices[i], s] @ inputs[s, i, :rank]``. Each adapter's offset and rank come from
+    ``slot_table`` on the device; nothing beyond its own rank is read. May be captured in a CUDA graph.
+
+    Args:
+        inputs: (slices, batch, max_rank) fp32, as ``bgmv_shrink_slices`` writes it.
+        arena: (elements,) fp16|bf16|fp32, packed adapters.
+        slot_table: (slots, 2) int64, element offset and rank of each slot.
+        output: (batch, >= group.out_total) fp16|bf16|fp32; row stride free; further columns are untouched.
+        lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
+        group: the layout of the group inside an adapter.
+        add_inputs: add to the output; False overwrites it.
+        override_config: any of BLOCK_N, BLOCK_K (rank step), num_warps, num_stages.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
+    """
+    check_override("bgmv_expand_slices", override_config, EXPAND_SLICES_KEYS, POWERS)
+    torch.ops.lorafleet.bgmv_expand_slices(
+        inputs,
+        arena,
+        slot_table,
+        output,
+        lora_indices,
+        group.unit,
+        group.in_features,
+        group.out_features,
+        add_inputs,
+        packed(EXPAND_SLICES_KEYS, override_config),
+    )
+
+
+# --- kernels
+
+
+@jit
+def _bgmv_expand_kernel(
+    input_ptr, lora_ptr, out_ptr, N, K, lora_indices,
+    xm_stride, xk_stride, l0_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_N: tl.constexpr,
+    EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr, CAST_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Grid (SPLIT_N, batch). ``lora_k_stride`` steps along hidden and ``lora_n_stride`` along rank, as in LoRAX."""
+    split = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(lora_indices + row).to(tl.int64)
+    if slot < 0:
+        return
+    share = tl.cdiv(tl.cdiv(N, SPLIT_N), 16) * 16  # whole vectors, so that stores stay aligned
+    start = split * share
+    count = tl.minimum(N - start, share)  # negative where the shares before cover all of N
+    x_ptr = input_ptr + row * xm_stride
+    weight_ptr = lora_ptr + slot * l0_stride + start.to(tl.int64) * lora_k_stride
+    target_ptr = out_ptr + row * cm_stride + start.to(tl.int64) * cn_stride
+    for n in range(0, count, BLOCK_N):
+        products = tile_products(
+            x_ptr, weight_ptr, count - n, K, xk_stride, lora_k_stride, lora_n_stride,
+            BLOCK_N, BLOCK_K, EVEN_K, CAST_TYPE,
+        )  # fmt: skip
+        write_tile(target_ptr, tl.sum(products, 1), count - n, cn_stride, BLOCK_N, ADD_INPUTS)
+        weight_ptr += BLOCK_N * lora_k_stride
+        target_ptr += BLOCK_N * cn_stride
+
+
+@jit
+def _bgmv_expand_slices_kernel(
+    input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
+    b_unit, n0, n1, n2, n3, x_slice_stride, x_row_stride, out_row_stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of all slices, batch): a narrow slice has only its own tiles."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(lora_indices_ptr + row).to(tl.int64)
+    if slot < 0:
+        return
+    offset = tl.load(slot_table_ptr + slot * 2)
+    rank = tl.load(slot_table_ptr + slot * 2 + 1)
+
+    index, before, first, count = locate_tile(tl.program_id(0), n0, n1, n2, n3, BLOCK_N)
+    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + row * x_row_stride
+    start = offset + rank * (before + first + b_unit)  # int64, as rank is
+    if (rank % 8 == 0) & (start % 8 == 0):  # written so that the compiler sees it and loads whole vectors
+        products = row_products(
+            x_ptr, arena_ptr + start // 8 * 8, count, rank.to(tl.int32) // 8 * 8, rank.to(tl.int32) // 8 * 8,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        products = row_products(
+            x_ptr, arena_ptr + start, count, rank.to(tl.int32), rank.to(tl.int32), BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    target_ptr = out_ptr + row * out_row_stride + (before + first)
+    write_tile(target_ptr, tl.sum(products, 1), count, 1, BLOCK_N, ADD_INPUTS)
+
+
+# --- torch.library registration
+
+torch.library.define(
+    "lorafleet::bgmv_expand",
+    "(Tensor inputs, Tensor lora_b_weights, Tensor(a!) output_tensor, Tensor lora_indices_tensor, "
+    "bool add_inputs=True, int[]? config=None) -> ()",
+)
+torch.library.define(
+    "lorafleet::bgmv_expand_slices",
+    "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
+    "int in_features, int[] out_features, bool add_inputs=True, int[]? config=None) -> ()",
+)
+
+
+@torch.library.register_fake("lorafleet::bgmv_expand")
+def _check_expand(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    add_inputs: bool = True,
+    config: list[int] | None = None,
+) -> None:
+    op = "bgmv_expand"
+    check_tensor(op, "inputs", inputs, "(batch, rank)", FLOATS, inputs)
+    weights = check_weights(op, "lora_b_weights", lora_b_weights, "(lora_num, hidden, rank)", HALVES, inputs)
+    check_tensor(op, "output_tensor", output_tensor, "(batch, hidden)", FLOATS, inputs)
+    check_tensor(op, "lora_indices_tensor", lora_indices_tensor, "(batch,)", INTEGERS, inputs)
+    check_output(op, "output_tensor", output_tensor, 0)
+    hidden, rank = weights.shape[1:]
+    if inputs.shape[1] != rank:
+        raise ValueError(f"{op}: inputs are {inputs.shape[1]} wide but lora_b_weights have rank {rank}; match them")
+    if output_tensor.shape[1] != hidden:
+        raise ValueError(
+            f"{op}: output_tensor is {output_tensor.shape[1]} wide but lora_b_weights have {hidden} rows; "
+            "pass a view of exactly that width"
+        )
+    check_rows(
+        op, inputs.shape[0], output_tensor=output_tensor.shape[0], lora_indices_tensor=lora_indices_tensor.shape[0]
+    )
+
+
+@torch.library.register_fake("lorafleet::bgmv_expand_slices")
+def _check_expand_slices(
+    inputs: Tensor,
+    arena: Tensor,
+    slot_table: Tensor,
+    output: Tensor,
+    lora_indices: Tensor,
+    unit: int,
+    in_features: int,
+    out_features: list[int],
+    add_inputs: bool = True,
+    config: list[int] | None = None,
+) -> None:
+    op = "bgmv_expand_slices"
+    group = LoraGroup(unit, in_features, tuple(out_features))
+    check_tensor(op, "inputs", inputs, "(slices, batch, max_rank)", (torch.float32,), inputs)
+    check_arena(op, arena, slot_table, group, inputs)
+    check_tensor(op, "output", output, "(batch, out_total)", FLOATS, inputs)
+    check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
+    check_output(op, "output", output, 0)
+    if inputs.shape[0] != group.slices:
+        raise ValueError(f"{op}: inputs hold {inputs.shape[0]} slices but the group has {group.slices}; match them")
+    if output.shape[1] < group.out_total:
+        raise ValueError(f"{op}: output is {output.shape[1]} wide; the group {group.out_features} needs more")
+    check_rows(op, inputs.shape[1], output=output.shape[0], lora_indices=lora_indices.shape[0])
+
+
+@torch.library.impl("lorafleet::bgmv_expand", "default")
+def _expand(
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    add_inputs: bool = True,
+    config: list[int] | None = None,
+) -> None:
+    _check_expand(inputs, lora_b_weights, output_tensor, lora_indices_tensor, add_inputs, config)
+    weights = lora_b_weights.squeeze(1) if lora_b_weights.ndim == 4 else lora_b_weights
+    check_indices("bgmv_expand", lora_indices_tensor, weights.shape[0])
+    if not use_triton(inputs):
+        reference.bgmv_expand(inputs, weights, output_tensor, lora_indices_tensor, add_inputs)
+        return
+    batch = inputs.shape[0]
+    if batch == 0:
+        return
+    hidden, rank = weights.shape[1:]
+    launch = get_lora_op_configs("expand", batch, hidden, rank=rank) | unpacked(EXPAND_KEYS, config)
+    block_k = triton.next_power_of_2(rank)
+    with torch.cuda.device_of(inputs):
+        launchable(_bgmv_expand_kernel, inputs)[(launch["SPLIT_N"], batch)](
+            inputs,
+            weights,
+            output_tensor,
+            hidden,
+            rank,
+            lora_indices_tensor,
+            *inputs.stride(),
+            *weights.stride(),
+            *output_tensor.stride(),
+            BLOCK_K=block_k,
+            EVEN_K=rank == block_k,
+            ADD_INPUTS=add_inputs,
+            CAST_TYPE=inputs.dtype == torch.float32,
+            **launch,
+        )
+
+
+@torch.library.impl("lorafleet::bgmv_expand_slices", "default")
+def _expand_slices(
+    inputs: Tensor,
+    arena: Tensor,
+    slot_table: Tensor,
+    output: Tensor,
+    lora_indices: Tensor,
+    unit: int,
+    in_features: int,
+    out_features: list[int],
+    add_inputs: bool = True,
+    config: list[int] | None = None,
+) -> None:
+    _check_expand_slices(
+        inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, add_inputs, config
+    )
+    check_indices("bgmv_expand_slices", lora_indices, slot_table.shape[0])
+    group = LoraGroup(unit, in_features, tuple(out_features))
+    if not use_triton(inputs):
+        reference.bgmv_expand_slices(inputs, arena, slot_table, output, lora_indices, group, add_inputs)
+        return
+    _, batch, max_rank = inputs.shape
+    if batch == 0:
+        return
+    launch = get_lora_op_configs("expand_slices", batch, group.out_total, rank=max_rank)
+    launch |= unpacked(EXPAND_SLICES_KEYS, config)
+    tiles = sum(triton.cdiv(width, launch["BLOCK_N"]) for width in out_features)
+    widths = [*out_features, 0, 0, 0][:4]
+    with torch.cuda.device_of(inputs):
+        launchable(_bgmv_expand_slices_kernel, inputs)[(tiles, batch)](
+            inputs,
+            arena,
+            slot_table,
+            output,
+            lora_indices,
+            group.b_unit(0),
+            *widths,
+            inputs.stride(0),
+            inputs.stride(1),
+            output.stride(0),
+            ADD_INPUTS=add_inputs,
+            **launch,
+        )

@@ -1,0 +1,285 @@
+"""LoRA A for decode: one row a token, each row with its own adapter.
+
+After Punica's BGMV (Chen et al. 2023, arXiv 2310.18547). The output is fp32 and overwritten, never accumulated with
+atomics, so it is bit-identical from run to run. Rows of index -1 are neither read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.dispatch import jit, launchable, tl, triton, use_triton
+from kernels.lora_checks import (
+    FLOATS,
+    INTEGERS,
+    check_arena,
+    check_indices,
+    check_output,
+    check_override,
+    check_rows,
+    check_tensor,
+    check_weights,
+)
+from kernels.lora_group import LoraGroup
+from kernels.lora_tiles import row_products
+from kernels.op_configs import POWERS, SHRINK_KEYS, get_lora_op_configs, packed, unpacked
+
+__all__ = ["bgmv_shrink", "bgmv_shrink_slices"]
+
+
+def bgmv_shrink(
+    inputs: Tensor,
+    lora_a_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    scaling: float = 1.0,
+    override_config: Mapping[str, int] | None = None,
+) -> None:
+    """``output_tensor[i] = scaling * lora_a_weights[lora_indices_tensor[i]] @ inputs[i]``.
+
+    Also ``torch.ops.lorafleet.bgmv_shrink``. Launches without a host synchronisation.
+
+    Args:
+        inputs: (batch, in_features) fp16|bf16|fp32; row stride free.
+        lora_a_weights: (lora_num, rank, in_features) or (lora_num, 1, rank, in_features) fp16|bf16|fp32; the slot
+            stride is free, the last two dimensions contiguous.
+        output_tensor: (batch, rank) fp32, overwritten; row stride free.
+        lora_indices_tensor: (batch,) int32|int64; -1 leaves the row untouched. Values of lora_num or more are
+            refused on a CPU; on a GPU, where that would cost a synchronisation, they must not occur.
+        scaling: factor applied to the fp32 sum.
+        override_config: any of BLOCK_N (rank rows a program), BLOCK_K (columns a step), num_warps, num_stages.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
+    """
+    check_override("bgmv_shrink", override_config, SHRINK_KEYS, POWERS)
+    torch.ops.lorafleet.bgmv_shrink(
+        inputs, lora_a_weights, output_tensor, lora_indices_tensor, scaling, packed(SHRINK_KEYS, override_config)
+    )
+
+
+def bgmv_shrink_slices(
+    inputs: Tensor,
+    arena: Tensor,
+    slot_table: Tensor,
+    output: Tensor,
+    lora_indices: Tensor,
+    group: LoraGroup,
+    override_config: Mapping[str, int] | None = None,
+) -> None:
+    """LoRA A of a packed projection group in one launch, adapters of mixed ranks read in place from the arena.
+
+    ``output[s, i, :rank] = A[lora_indices[i], s] @ inputs[i]`` for each slice s. Only the adapter's own rank columns
+    are written. May be captured in a CUDA graph.
+
+    Args:
+        inputs: (batch, group.in_features) fp16|bf16|fp32; row stride free.
+        arena: (elements,) fp16|bf16|fp32, packed adapters.
+        slot_table: (slots, 2) int64, element offset and rank of each slot.
+        output: (slices, batch, max_rank) fp32; max_rank is at least every slot's rank.
+        lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
+        group: the layout of the group inside an adapter.
+        override_config: any of BLOCK_N (rank rows a program), BLOCK_K (columns a step), num_warps, num_stages.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
+    """
+    check_override("bgmv_shrink_slices", override_config, SHRINK_KEYS, POWERS)
+    torch.ops.lorafleet.bgmv_shrink_slices(
+        inputs,
+        arena,
+        slot_table,
+        output,
+        lora_indices,
+        group.unit,
+        group.in_features,
+        group.out_features,
+        packed(SHRINK_KEYS, override_config),
+    )
+
+
+@jit
+def _bgmv_shrink_kernel(
+    input_ptr, lora_ptr, out_ptr, N, K, lora_indices, scaling, xm_stride, l0_stride, cm_stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of rank, batch); N is the rank, K the input width."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(lora_indices + row).to(tl.int64)
+    if slot < 0:
+        return
+    first = tl.program_id(0) * BLOCK_N
+    weight_ptr = lora_ptr + slot * l0_stride + first.to(tl.int64) * K
+    products = row_products(input_ptr + row * xm_stride, weight_ptr, N - first, K, K, BLOCK_N, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + row * cm_stride + first + n, tl.sum(products, 1) * scaling, mask=n < N - first)
+
+
+@jit
+def _bgmv_shrink_slices_kernel(
+    input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
+    a_unit, K, SLICES, x_row_stride, out_slice_stride, out_row_stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of slices * max_rank, batch): a group's A is one matrix of slices * rank rows."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(lora_indices_ptr + row).to(tl.int64)
+    if slot < 0:
+        return
+    rank = tl.load(slot_table_ptr + slot * 2 + 1)
+    first = tl.program_id(0) * BLOCK_N
+    count = (rank * SLICES).to(tl.int32) - first
+    if count <= 0:
+        return
+    start = tl.load(slot_table_ptr + slot * 2) + rank * a_unit + first.to(tl.int64) * K
+    x_ptr = input_ptr + row * x_row_stride
+    if start % 8 == 0:  # written so that the compiler sees it and loads whole vectors
+        products = row_products(x_ptr, arena_ptr + start // 8 * 8, count, K, K, BLOCK_N, BLOCK_K)
+    else:
+        products = row_products(x_ptr, arena_ptr + start, count, K, K, BLOCK_N, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    index = first + n
+    target = (index // rank) * out_slice_stride + row * out_row_stride + index % rank
+    tl.store(out_ptr + target, tl.sum(products, 1), mask=n < count)
+
+
+torch.library.define(
+    "lorafleet::bgmv_shrink",
+    "(Tensor inputs, Tensor lora_a_weights, Tensor(a!) output_tensor, Tensor lora_indices_tensor, "
+    "float scaling=1.0, int[]? config=None) -> ()",
+)
+torch.library.define(
+    "lorafleet::bgmv_shrink_slices",
+    "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
+    "int in_features, int[] out_features, int[]? config=None) -> ()",
+)
+
+
+@torch.library.register_fake("lorafleet::bgmv_shrink")
+def _check_shrink(
+    inputs: Tensor,
+    lora_a_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    scaling: float = 1.0,
+    config: list[int] | None = None,
+) -> None:
+    op = "bgmv_shrink"
+    check_tensor(op, "inputs", inputs, "(batch, in_features)", FLOATS, inputs)
+    weights = check_weights(op, "lora_a_weights", lora_a_weights, "(lora_num, rank, in_features)", FLOATS, inputs)
+    check_tensor(op, "output_tensor", output_tensor, "(batch, rank)", (torch.float32,), inputs)
+    check_tensor(op, "lora_indices_tensor", lora_indices_tensor, "(batch,)", INTEGERS, inputs)
+    check_output(op, "output_tensor", output_tensor, 0)
+    rank, width = weights.shape[1:]
+    if inputs.shape[1] != width:
+        raise ValueError(f"{op}: inputs are {inputs.shape[1]} wide but lora_a_weights take {width}; match them")
+    if output_tensor.shape[1] != rank:
+        raise ValueError(f"{op}: output_tensor is {output_tensor.shape[1]} wide but the rank is {rank}; match them")
+    check_rows(
+        op, inputs.shape[0], output_tensor=output_tensor.shape[0], lora_indices_tensor=lora_indices_tensor.shape[0]
+    )
+
+
+@torch.library.register_fake("lorafleet::bgmv_shrink_slices")
+def _check_shrink_slices(
+    inputs: Tensor,
+    arena: Tensor,
+    slot_table: Tensor,
+    output: Tensor,
+    lora_indices: Tensor,
+    unit: int,
+    in_features: int,
+    out_features: list[int],
+    config: list[int] | None = None,
+) -> None:
+    op = "bgmv_shrink_slices"
+    group = LoraGroup(unit, in_features, tuple(out_features))
+    check_tensor(op, "inputs", inputs, "(batch, in_features)", FLOATS, inputs)
+    check_arena(op, arena, slot_table, group, inputs)
+    check_tensor(op, "output", output, "(slices, batch, max_rank)", (torch.float32,), inputs)
+    check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
+    check_output(op, "output", output, 1)
+    if inputs.shape[1] != group.in_features:
+        raise ValueError(f"{op}: inputs are {inputs.shape[1]} wide but the group takes {group.in_features}; match them")
+    if output.shape[0] != group.slices:
+        raise ValueError(f"{op}: output holds {output.shape[0]} slices but the group has {group.slices}; match them")
+    check_rows(op, inputs.shape[0], output=output.shape[1], lora_indices=lora_indices.shape[0])
+
+
+@torch.library.impl("lorafleet::bgmv_shrink", "default")
+def _shrink(
+    inputs: Tensor,
+    lora_a_weights: Tensor,
+    output_tensor: Tensor,
+    lora_indices_tensor: Tensor,
+    scaling: float = 1.0,
+    config: list[int] | None = None,
+) -> None:
+    _check_shrink(inputs, lora_a_weights, output_tensor, lora_indices_tensor, scaling, config)
+    weights = lora_a_weights.squeeze(1) if lora_a_weights.ndim == 4 else lora_a_weights
+    check_indices("bgmv_shrink", lora_indices_tensor, weights.shape[0])
+    if not use_triton(inputs):
+        reference.bgmv_shrink(inputs, weights, output_tensor, lora_indices_tensor, scaling)
+        return
+    batch, width = inputs.shape
+    if batch == 0:
+        return
+    rank = weights.shape[1]
+    launch = get_lora_op_configs("shrink", batch, width, rank=rank) | unpacked(SHRINK_KEYS, config)
+    with torch.cuda.device_of(inputs):
+        launchable(_bgmv_shrink_kernel, inputs)[(triton.cdiv(rank, launch["BLOCK_N"]), batch)](
+            inputs,
+            weights,
+            output_tensor,
+            rank,
+            width,
+            lora_indices_tensor,
+            scaling,
+            inputs.stride(0),
+            weights.stride(0),
+            output_tensor.stride(0),
+            **launch,
+        )
+
+
+@torch.library.impl("lorafleet::bgmv_shrink_slices", "default")
+def _shrink_slices(
+    inputs: Tensor,
+    arena: Tensor,
+    slot_table: Tensor,
+    output: Tensor,
+    lora_indices: Tensor,
+    unit: int,
+    in_features: int,
+    out_features: list[int],
+    config: list[int] | None = None,
+) -> None:
+    _check_shrink_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, config)
+    check_indices("bgmv_shrink_slices", lora_indices, slot_table.shape[0])
+    group = LoraGroup(unit, in_features, tuple(out_features))
+    if not use_triton(inputs):
+        reference.bgmv_shrink_slices(inputs, arena, slot_table, output, lora_indices, group)
+        return
+    slices, batch, max_rank = output.shape
+    if batch == 0:
+        return
+    launch = get_lora_op_configs("shrink_slices", batch, in_features, rank=max_rank) | unpacked(SHRINK_KEYS, config)
+    with torch.cuda.device_of(inputs):
+        launchable(_bgmv_shrink_slices_kernel, inputs)[(triton.cdiv(slices * max_rank, launch["BLOCK_N"]), batch)](
+            inputs,
+            arena,
+            slot_table,
+            output,
+            lora_indices,
+            group.a_unit(0),
+            in_features,
+            slices,
+            inputs.stride(0),
+            output.stride(0),
+            output.stride(1),
+            **launch,
+        )
