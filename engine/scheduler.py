@@ -1,0 +1,184 @@
+"""What runs in the next step. Decides from sequences, pages and slots alone; knows no tensors."""
+
+from __future__ import annotations
+
+import sys
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.kv_pages import PagePool
+from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from adapter_store.slots import SlotPool
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """Tokens ``start`` up to ``end`` of one sequence. ``samples``: they are its last, so the next is drawn."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: ``num_decode`` rows of one token each, then prefill chunks."""
+
+    rows: tuple[PlannedRow, ...]
+    num_decode: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.end - row.start for row in self.rows)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill under a token, a row, a page and a slot budget.
+
+    A step takes every decoding row, then prefill chunks of running rows, then new rows, first come first served.
+    A request without a slot to go to is passed over and holds up nobody; a request without pages holds up those
+    behind it, so that long prompts get their turn. When pages run out, the row admitted last gives its pages up
+    and is computed again later, with the tokens that it had generated.
+
+    No request waits for ever. One that ``max_overtakes`` later ones have passed for want of a slot picks the slot
+    whose users will be done first, and no later request may join that slot's adapter until it has been freed.
+    """
+
+    def __init__(
+        self, pages: PagePool, slots: SlotPool | None, *, max_rows: int, max_batch_tokens: int, max_overtakes: int
+    ) -> None:
+        self.pages = pages
+        self.slots = slots
+        self.max_rows = max_rows
+        self.max_batch_tokens = max_batch_tokens
+        self.max_overtakes = max_overtakes
+        self.waiting: list[Sequence] = []  # by arrival
+        self.running: list[Sequence] = []  # by admission
+        self.preemptions = 0
+        # Within a step no slot comes free: adapters of this rank or more that are not resident need not ask again.
+        self._scarce_rank = sys.maxsize
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence whose adapter, if any, is in host memory. Order is by arrival, not by this call."""
+        insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or not; its pages and its slot reference are free at once."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._give_up(sequence)
+
+    def plan(self) -> StepPlan:
+        """The next step; without rows when there is nothing to do."""
+        decode = list(self._decode_rows())
+        prefill: list[PlannedRow] = []
+        budget = self.max_batch_tokens - len(decode)
+        for sequence in self.running:
+            if not sequence.decoding:
+                budget -= self._add_chunk(prefill, sequence, budget)
+        self._admit(prefill, budget)
+        if not decode and not prefill and self.running:
+            # Every row waits for its adapter's copy: let the device wait for the first, there is nothing else to do.
+            first = self.running[0]
+            assert self.slots is not None
+            assert first.slot is not None
+            self.slots.wait(first.slot)
+            self._add_chunk(prefill, first, budget, ready=True)
+        return StepPlan((*decode, *prefill), len(decode))
+
+    def _decode_rows(self) -> Iterator[PlannedRow]:
+        for sequence in list(self.running):
+            if not sequence.decoding:
+                continue
+            while not self.pages.extend(sequence.pages, len(sequence.tokens)):
+                last = self.running[-1]
+                self._preempt(last)
+                if last is sequence:
+                    break
+            else:
+                yield PlannedRow(sequence, sequence.computed, len(sequence.tokens), samples=True)
+
+    def _add_chunk(self, rows: list[PlannedRow], sequence: Sequence, budget: int, *, ready: bool = False) -> int:
+        """Plan as much of the sequence's prefill as the budget allows; returns the tokens that takes."""
+        if budget <= 0 or not (ready or sequence.slot is None or self.slots is None or self.slots.ready(sequence.slot)):
+            return 0
+        end = min(len(sequence.tokens), sequence.computed + budget)
+        rows.append(PlannedRow(sequence, sequence.computed, end, samples=end == len(sequence.tokens)))
+        return end - sequence.computed
+
+    def _admit(self, rows: list[PlannedRow], budget: int) -> None:
+        """Move waiting sequences to the running ones while there is room, with their first chunks."""
+        if budget <= 0 or len(self.running) >= self.max_rows:
+            return
+        if self.slots is not None:
+            # What is asked for next is put out last.
+            soon = [
+                sequence.adapter.digest for sequence in self.waiting[: self.max_rows] if sequence.adapter is not None
+            ]
+            self.slots.touch(reversed(soon))
+        passed: list[Sequence] = []
+        self._scarce_rank = sys.maxsize
+        for sequence in self.waiting[:]:
+            if budget <= 0 or len(self.running) >= self.max_rows:
+                return
+            if not self._take_slot(sequence, passed):
+                passed.append(sequence)
+                continue
+            if not self.pages.extend(sequence.pages, len(sequence.tokens)):
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            for earlier in passed:
+                earlier.overtaken += 1
+            budget -= self._add_chunk(rows, sequence, budget)
+
+    def _take_slot(self, sequence: Sequence, passed: list[Sequence]) -> bool:
+        """Whether the sequence has what its adapter needs; starts the copy when the adapter is not resident.
+
+        passed: earlier sequences for which the answer was no, in this same step.
+        """
+        if sequence.adapter is None or sequence.slot is not None:
+            return True
+        assert self.slots is not None, "an adapter was loaded although there are no slots"
+        digest, rank = sequence.adapter.digest, sequence.adapter.rank
+        if any(earlier.draining == digest for earlier in passed):
+            return False
+        in_vain = rank >= self._scarce_rank and self.slots.find(digest) is None
+        slot = None if in_vain else self.slots.acquire(digest, rank)
+        if slot is None:
+            self._scarce_rank = min(self._scarce_rank, rank)
+            if sequence.overtaken >= self.max_overtakes and sequence.draining is None:
+                sequence.draining = self._soonest_free(rank, passed)
+            return False
+        sequence.slot, sequence.draining, sequence.overtaken = slot, None, 0
+        if not slot.loaded:
+            self.slots.load(slot, sequence.adapter)
+        return True
+
+    def _soonest_free(self, rank: int, passed: list[Sequence]) -> str | None:
+        """The adapter whose last user has the fewest tokens to go, in a slot that fits; not one drained already."""
+        taken = {earlier.draining for earlier in passed}
+        to_go: dict[str, int] = {}
+        for sequence in (*self.running, *self.waiting):
+            slot = sequence.slot
+            if slot is not None and slot.class_rank >= rank and slot.digest is not None and slot.digest not in taken:
+                left = sequence.max_tokens - len(sequence.tokens)
+                to_go[slot.digest] = max(to_go.get(slot.digest, 0), left)
+        return min(to_go, key=to_go.__getitem__, default=None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._give_up(sequence)
+        self.add(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self.pages.free(sequence.pages)
+        sequence.computed = 0
+        if sequence.slot is not None and self.slots is not None:
+            self.slots.release(sequence.slot)
+            sequence.slot = None

@@ -1,0 +1,57 @@
+"""One request on its way through the engine: the state that scheduler, runner and engine share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapter_store.packed import PackedAdapter
+    from adapter_store.slots import Slot
+    from engine.request import GenerationRequest
+    from engine.text_stream import OutputText
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's tokens and what it holds. Touched by the step loop's thread only.
+
+    arrival: grows with every request; decides order. max_tokens: prompt and completion together. seed: draws.
+    tokens: prompt, then what was generated. computed: how many of them have keys and values in ``pages``.
+    overtaken: admissions of later arrivals while this one had no slot to go to. draining: the digest that its
+    starvation keeps from being admitted again, so that a slot comes free.
+    """
+
+    request: GenerationRequest
+    arrival: int
+    max_tokens: int
+    seed: int
+    output: OutputText | None = None
+    adapter: PackedAdapter | None = None
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    slot: Slot | None = None
+    overtaken: int = 0
+    draining: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_token_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only the last token is still to be computed."""
+        return 0 < self.computed == len(self.tokens) - 1
+
+    @property
+    def lora_index(self) -> int:
+        """The adapter's row in the slot table; -1 for the base model."""
+        return -1 if self.slot is None else self.slot.index
