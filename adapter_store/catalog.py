@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.errors import AdapterNotFound
 from adapter_store.hub_source import HubSource
 from adapter_store.local_source import LocalSource
@@ -73,12 +74,9 @@ class Catalog:
         """The same for a reference that is trusted, such as one that this catalog gave out."""
         return self._sources[ref.source].resolve(name, self._rooted(ref))
 
-    def fetch(self, resolved: ResolvedAdapter) -> Path:
-        """The folder with the files of ``resolved``, brought here if need be.
-
-        Raises AdapterChanged when the content is no longer there, and what ``resolve`` raises.
-        """
-        return self._sources[resolved.ref.source].fetch(resolved)
+    def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
+        """The files of ``resolved``, brought here if need be; see ``AdapterSource.fetch``."""
+        return self._sources[resolved.ref.source].fetch(resolved, max_weights_bytes)
 
     def close(self) -> None:
         """Close the sources."""

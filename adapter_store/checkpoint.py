@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import safetensors
@@ -14,40 +12,17 @@ import torch
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
+from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.errors import AdapterRefused
 from adapter_store.layout import AdapterLayout
 from adapter_store.packed import PackedAdapter
-from adapter_store.peft_config import MAX_CONFIG_BYTES, ModuleLora, PeftConfig
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
+from adapter_store.peft_config import ModuleLora, PeftConfig
+from adapter_store.source import WEIGHTS_FILE
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HEADER_ALLOWANCE = 16 << 20  # bytes of a weights file that are not tensor data
 # base_model.model.<path>.lora_A.weight; the prefix and the adapter name before "weight" are optional.
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+?)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointFiles:
-    """The two files of a checkpoint, in memory: what is hashed is exactly what is packed."""
-
-    config: bytes
-    weights: bytes
-
-    @classmethod
-    def read(cls, folder: Path, name: str, max_weights_bytes: int | None = None) -> CheckpointFiles:
-        """Read both files. Raises AdapterRefused when one is missing, too large, or only a pickle is there."""
-        config = _read(folder / CONFIG_FILE, name, MAX_CONFIG_BYTES)
-        if not (folder / WEIGHTS_FILE).is_file() and (folder / "adapter_model.bin").is_file():
-            raise AdapterRefused(
-                name,
-                "its weights are a pickle (adapter_model.bin), which is never opened; convert them to "
-                f"{WEIGHTS_FILE}, for example with PEFT's save_pretrained(..., safe_serialization=True)",
-            )
-        return cls(config, _read(folder / WEIGHTS_FILE, name, max_weights_bytes))
-
-    def digest(self) -> str:
-        """The content's identity (``content_digest``), 64 hex digits."""
-        return content_digest(git_blob_sha1(self.config), hashlib.sha256(self.weights).hexdigest())
 
 
 def max_weights_bytes(layout: AdapterLayout, max_rank: int) -> int:
@@ -100,18 +75,6 @@ def pack_files(
     except ValueError as error:
         raise AdapterRefused(name, str(error)) from error
     return PackedAdapter(name, digest, rank, slab)
-
-
-def _read(path: Path, name: str, limit: int | None) -> bytes:
-    try:
-        size = path.stat().st_size
-        if limit is not None and size > limit:
-            raise AdapterRefused(name, f"{path.name} has {size} bytes; at most {limit} can belong to this base model")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise AdapterRefused(name, f"it has no {path.name}") from None
-    except OSError as error:
-        raise AdapterRefused(name, f"{path.name} cannot be read: {error.strerror}") from error
 
 
 def _check_base_model(adapter_base: str, served: str) -> None:

@@ -11,6 +11,10 @@ class AdapterError(Exception):
         self.adapter = adapter
         self.reason = reason
 
+    def named(self, adapter: str) -> AdapterError:
+        """The same error about the same content, under the name that another caller used for it."""
+        return self if adapter == self.adapter else type(self)(adapter, self.reason)
+
     def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
         # Exceptions with two arguments do not survive pickling (Ray) without this.
         return (type(self), (self.adapter, self.reason))

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, CheckpointFiles, check_size
 from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused
-from adapter_store.peft_config import MAX_CONFIG_BYTES
 from adapter_store.source import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -61,23 +61,22 @@ class LocalSource:
         """The folder's content now. Raises AdapterNotFound without a config file, AdapterRefused without weights."""
         return ResolvedAdapter(name, ref, self._digest(name, Path(ref.id)))
 
-    def fetch(self, resolved: ResolvedAdapter) -> Path:
-        """The folder itself. Raises AdapterChanged when its content is no longer the resolved one."""
-        folder = Path(resolved.ref.id)
-        digest = self._digest(resolved.name, folder)
+    def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
+        """The files as they are now. Raises AdapterChanged when that is no longer the resolved content."""
+        files = CheckpointFiles.read(Path(resolved.ref.id), resolved.name, max_weights_bytes)
+        digest = files.digest()
         if digest != resolved.digest:
             raise AdapterChanged(
                 resolved.name, f"its content is now {digest[:12]}, not {resolved.digest[:12]}: it was published again"
             )
-        return folder
+        return files
 
     def close(self) -> None:
         """Nothing is held open."""
 
     def _digest(self, name: str, folder: Path) -> str:
         try:
-            if (folder / CONFIG_FILE).stat().st_size > MAX_CONFIG_BYTES:
-                raise AdapterRefused(name, f"its {CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
+            check_size(name, CONFIG_FILE, (folder / CONFIG_FILE).stat().st_size, MAX_CONFIG_BYTES)
             config = self._hashes.get(folder / CONFIG_FILE, lambda path: git_blob_sha1(path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             raise AdapterNotFound(name, f"there is no {CONFIG_FILE} in its folder") from None
@@ -86,13 +85,8 @@ class LocalSource:
         try:
             weights = self._hashes.get(folder / WEIGHTS_FILE, sha256_file)
         except FileNotFoundError:
-            if (folder / "adapter_model.bin").exists():
-                raise AdapterRefused(
-                    name,
-                    "its weights are a pickle (adapter_model.bin), which is never opened; convert them to "
-                    f"{WEIGHTS_FILE}, for example with PEFT's save_pretrained(..., safe_serialization=True)",
-                ) from None
-            raise AdapterRefused(name, f"there is no {WEIGHTS_FILE} in its folder") from None
+            pickle = (folder / PICKLE_FILE).exists()
+            raise AdapterRefused(name, PICKLE_REMEDY if pickle else f"it has no {WEIGHTS_FILE}") from None
         except OSError as error:
             raise AdapterRefused(name, f"{WEIGHTS_FILE} cannot be read: {error.strerror}") from error
         return content_digest(config, weights)

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapter_store.checkpoint_files import MAX_CONFIG_BYTES
 from adapter_store.patterns import Pattern, is_plain, match_patterns
-
-MAX_CONFIG_BYTES = 1 << 20
 
 #: Keys that change how the adapter was trained or filed, not what it computes.
 IGNORED_KEYS = frozenset(

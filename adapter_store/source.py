@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from adapter_store.checkpoint_files import CheckpointFiles
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,7 +41,7 @@ class AdapterRef:
                 raise ValueError(f"adapter reference {text!r} names no folder; write local:/path/to/adapter")
             return cls("local", rest)
         repo, at, revision = rest.partition("@")
-        if not _REPO_ID.fullmatch(repo) or ".." in repo:
+        if not _REPO_ID.fullmatch(repo) or ".." in repo or "--" in repo:
             raise ValueError(
                 f"adapter reference {text!r} names no Hub repository; write hub:org/name or hub:org/name@rev"
             )
@@ -79,10 +81,11 @@ class AdapterSource(Protocol):
         """
         ...
 
-    def fetch(self, resolved: ResolvedAdapter) -> Path:
-        """Bring the content to this machine: a folder that holds the two files.
+    def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
+        """Read the content, verified against the digest.
 
-        Raises what ``resolve`` raises, and AdapterChanged when the content is no longer the resolved one.
+        Raises what ``resolve`` raises, AdapterRefused when the weights file is larger than ``max_weights_bytes``, and
+        AdapterChanged when the content is no longer the resolved one.
         """
         ...
 

@@ -8,7 +8,7 @@ import time
 import torch
 
 from adapter_store.catalog import Catalog
-from adapter_store.checkpoint import CheckpointFiles, max_weights_bytes, pack_files
+from adapter_store.checkpoint import max_weights_bytes, pack_files
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused
 from adapter_store.host_cache import HostCache
 from adapter_store.layout import AdapterLayout
@@ -73,7 +73,10 @@ class AdapterStore:
             if packed is not None:
                 return packed
         self._refusals.check(resolved)
-        return self._flights.run(resolved.digest, lambda: self._load(resolved))
+        try:
+            return self._flights.run(resolved.digest, lambda: self._load(resolved))
+        except AdapterError as error:  # a follower shares the failure, not the other caller's name
+            raise error.named(resolved.name) from None
 
     def close(self) -> None:
         """Close the sources and drop the host cache."""
@@ -95,10 +98,7 @@ class AdapterStore:
 
     def _load(self, resolved: ResolvedAdapter) -> PackedAdapter:
         try:
-            folder = self.catalog.fetch(resolved)
-            files = CheckpointFiles.read(folder, resolved.name, max_weights_bytes(self._layout, self._max_rank))
-            if files.digest() != resolved.digest:
-                raise AdapterChanged(resolved.name, "its files changed while they were read: resolve again")
+            files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank))
             packed = pack_files(
                 files,
                 self._layout,
@@ -134,4 +134,4 @@ class _RecentRefusals:
         with self._lock:
             until, error = self._until.get(resolved.digest, (0.0, None))
         if error is not None and until > time.monotonic():
-            raise type(error)(resolved.name, error.reason)
+            raise error.named(resolved.name)

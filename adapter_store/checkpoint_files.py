@@ -1,0 +1,53 @@
+"""The two files of an adapter, held in memory: what is hashed is exactly what is packed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapter_store.errors import AdapterRefused
+from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
+
+MAX_CONFIG_BYTES = 1 << 20
+PICKLE_FILE = "adapter_model.bin"
+PICKLE_REMEDY = (
+    f"its weights are a pickle ({PICKLE_FILE}), which is never opened; convert them to {WEIGHTS_FILE}, for example by "
+    "loading them where they are trusted and saving with PEFT's save_pretrained"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """The bytes of adapter_config.json and adapter_model.safetensors."""
+
+    config: bytes
+    weights: bytes
+
+    @classmethod
+    def read(cls, folder: Path, name: str, max_weights_bytes: int | None = None) -> CheckpointFiles:
+        """Read both files. Raises AdapterRefused when one is missing, too large, or only a pickle is there."""
+        config = _read(folder / CONFIG_FILE, name, MAX_CONFIG_BYTES)
+        if not (folder / WEIGHTS_FILE).is_file() and (folder / PICKLE_FILE).is_file():
+            raise AdapterRefused(name, PICKLE_REMEDY)
+        return cls(config, _read(folder / WEIGHTS_FILE, name, max_weights_bytes))
+
+    def digest(self) -> str:
+        """The content's identity (``content_digest``), 64 hex digits."""
+        return content_digest(git_blob_sha1(self.config), hashlib.sha256(self.weights).hexdigest())
+
+
+def check_size(name: str, file: str, size: int, limit: int | None) -> None:
+    """Raise AdapterRefused when a file of ``size`` bytes cannot belong to an adapter of at most ``limit``."""
+    if limit is not None and size > limit:
+        raise AdapterRefused(name, f"{file} has {size} bytes; at most {limit} can belong to an adapter served here")
+
+
+def _read(path: Path, name: str, limit: int | None) -> bytes:
+    try:
+        check_size(name, path.name, path.stat().st_size, limit)
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AdapterRefused(name, f"it has no {path.name}") from None
+    except OSError as error:
+        raise AdapterRefused(name, f"{path.name} cannot be read: {error.strerror}") from error
