@@ -15,7 +15,7 @@ arithmetic: they may hold NaN. Softmax and sums are fp32.
 
 The kernels follow FlashAttention-2 (Dao 2023) and its split-KV decoding, over pages as in PagedAttention
 (Kwon et al. 2023). Keys are walked in blocks that begin at multiples of the block size, and a block that a query
-may not see changes no bit of its result; so a query's bits depend on its own row and, in decode, on num_splits.
+may not see changes no bit of its result.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from kernels.dispatch import interpreter_on, launchable, triton, use_triton
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 16
-_KEYS_PER_SPLIT = 256  # table capacity that earns one more split
+_KEYS_PER_SPLIT = 256  # a multiple of every key block
 
 
 def default_splits(max_pages: int, page_size: int) -> int:
-    """Pieces that decode cuts a row's keys into, for a page table of ``max_pages`` columns.
+    """Most pieces that decode cuts a row's keys into, for a page table of ``max_pages`` columns: 1 to 16.
 
-    One per 256 positions of capacity, 1 to 16. It depends on neither the batch size nor any row's length: as long as
-    the table keeps its width, a row's bits stay the same in every batch. Splits that a short row leaves empty end
-    at once.
+    Pieces hold 256 keys, or a 16th of the row's keys where that is more. So how a row is cut, and with it every bit
+    of its result, follows from its own length: not from the batch, nor from the table's width, which only decides
+    how many pieces the launch has room for. Pieces that a short row leaves empty end at once.
     """
-    return max(1, min(_MAX_SPLITS, max_pages * page_size // _KEYS_PER_SPLIT))
+    return max(1, min(_MAX_SPLITS, -(-max_pages * page_size // _KEYS_PER_SPLIT)))
 
 
 def paged_decode(
@@ -57,8 +57,8 @@ def paged_decode(
 
     q, out: (rows, heads, head_dim). A row of ``context_lens`` 0 is padding: its output is zeros.
     sliding_window: w > 0 lets a query at position p see p - w + 1 .. p; 0 lets it see all.
-    num_splits: pieces that each row's keys are cut into, worked on at once; None chooses from the page capacity
-    of the table alone (``kernels.attention.default_splits``), so a row's bits do not depend on the batch.
+    num_splits: equal pieces that each row's keys are cut into, worked on at once; None cuts by the row's own length
+    (``default_splits``), so that a row's bits depend on nothing else.
 
     Raises ValueError when shapes or strides do not fit together.
     """
@@ -79,7 +79,8 @@ def paged_decode(
         return
     group = heads // kv_heads
     block_d = triton.next_power_of_2(head_dim)
-    block_n = 32 if q.element_size() == 4 or block_d > 128 else 64
+    block_n, warps = _key_block(q)
+    min_blocks = _KEYS_PER_SPLIT // block_n if num_splits is None else 1
     # One split writes to out at once and needs no scratch.
     scratch = (rows, heads, splits) if splits > 1 else (0, 0, 0)
     sums = torch.empty((*scratch, head_dim), dtype=torch.float32, device=q.device)
@@ -106,11 +107,12 @@ def paged_decode(
         PAGE_SIZE=page_size,
         WINDOW=sliding_window,
         SPLITS=splits,
+        MIN_BLOCKS=min_blocks,
         BLOCK_M=max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows at least
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         WIDEN=_widen(q),
-        num_warps=4,
+        num_warps=warps,
         num_stages=2,
     )
     if splits > 1:
@@ -124,8 +126,9 @@ def paged_decode(
             HEAD_DIM=head_dim,
             WINDOW=sliding_window,
             SPLITS=splits,
+            MIN_BLOCKS=min_blocks,
             BLOCK_N=block_n,
-            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_S=max(_MAX_SPLITS, triton.next_power_of_2(splits)),  # one order of summing whatever the splits
             BLOCK_D=block_d,
             num_warps=4,
         )
@@ -178,9 +181,8 @@ def paged_prefill(
         return
     group = heads // kv_heads
     block_d = triton.next_power_of_2(head_dim)
-    full = q.element_size() == 4  # fp32 runs on the plain units and fills registers fast
-    block_m = 32 if full else 64
-    block_n = 32 if full or block_d > 128 else 64
+    block_m = 32 if q.dtype is torch.float32 else 64
+    block_n, warps = _key_block(q)
     launchable(prefill_kernel, q)[(triton.cdiv(max_query_len * group, block_m), rows, kv_heads)](
         q,
         key_cache,
@@ -203,9 +205,20 @@ def paged_prefill(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         WIDEN=_widen(q),
-        num_warps=4,
+        num_warps=warps,
         num_stages=2,
     )
+
+
+def _key_block(q: Tensor) -> tuple[int, int]:
+    """(keys per block, warps) for q's dtype and head_dim: the widest block that spills no register on sm_90.
+
+    fp32 runs on the plain arithmetic units, where each thread holds whole rows of its operands.
+    """
+    head_dim = q.shape[-1]
+    if q.dtype is torch.float32:
+        return (32 if head_dim <= 64 else 16), 8
+    return (64 if head_dim <= 128 else 32), 4
 
 
 def _widen(q: Tensor) -> bool:

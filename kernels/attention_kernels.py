@@ -150,17 +150,19 @@ def prefill_kernel(
 
 
 @jit
-def _split_span(context, split, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+def _split_span(
+    context, split, SPLITS: tl.constexpr, MIN_BLOCKS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """(first key seen by the row, first key of the split, key after its last); empty when first >= last.
 
-    Splits take whole blocks and are equal but for the last ones, so they follow from the row's length alone.
+    Splits take whole blocks, MIN_BLOCKS at least, and are equal but for the last ones.
     """
     low = 0
     if WINDOW > 0:
         low = tl.maximum(context - WINDOW, 0)
     first_block = low // BLOCK_N
     blocks = tl.cdiv(context, BLOCK_N) - first_block
-    per_split = tl.cdiv(blocks, SPLITS)
+    per_split = tl.maximum(tl.cdiv(blocks, SPLITS), MIN_BLOCKS)
     begin = (first_block + split * per_split) * BLOCK_N
     return low, begin, tl.minimum(begin + per_split * BLOCK_N, context)
 
@@ -193,6 +195,7 @@ def decode_kernel(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -207,7 +210,7 @@ def decode_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens + row)
-    low, begin, end = _split_span(context, split, SPLITS, WINDOW, BLOCK_N)
+    low, begin, end = _split_span(context, split, SPLITS, MIN_BLOCKS, WINDOW, BLOCK_N)
     if (begin < end) | (SPLITS == 1):
         member = tl.arange(0, BLOCK_M)
         head = kv_head * GROUP + member
@@ -266,6 +269,7 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -274,7 +278,7 @@ def combine_kernel(
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     split = tl.arange(0, BLOCK_S)
-    _, begin, end = _split_span(tl.load(context_lens + row), split, SPLITS, WINDOW, BLOCK_N)
+    _, begin, end = _split_span(tl.load(context_lens + row), split, SPLITS, MIN_BLOCKS, WINDOW, BLOCK_N)
     used = (begin < end) & (split < SPLITS)
     piece = (row * tl.num_programs(0) + head) * SPLITS + split
     peak = tl.load(peaks + piece, mask=used, other=float("-inf"))
