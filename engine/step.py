@@ -14,6 +14,8 @@ class StepInputs:
     """One mixed batch, flattened to tokens. Rows with one decode token come first, then prefill chunks.
 
     Shapes: T tokens, R rows, O rows whose logits are wanted. All tensors are on the model's device.
+    A padding row (to fill a captured batch size) is a decode row of context length 0, KV slot -1 and index -1;
+    its token and position may be any valid ones, and its logits mean nothing.
     """
 
     token_ids: Tensor  # (T,) int64
