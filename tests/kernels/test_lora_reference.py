@@ -35,6 +35,9 @@ torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 INTERPRETER_ASKED_FOR_TOO_LATE = """
 import os, torch
 from kernels.bgmv_expand import bgmv_expand
+from kernels.dispatch import HAS_TRITON
+if not HAS_TRITON:
+    raise SystemExit(0)  # nothing to launch
 arguments = (torch.ones(1, 1), torch.ones(1, 1, 1).half(), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
 bgmv_expand(*arguments)
 assert arguments[2].item() == 2
@@ -52,12 +55,9 @@ else:
     "program", [CPU_WITHOUT_TRITON, INTERPRETER_ASKED_FOR_TOO_LATE], ids=["no_triton", "late_interpreter"]
 )
 def test_in_a_process_of_its_own(program: str) -> None:
-    if program is INTERPRETER_ASKED_FOR_TOO_LATE:
-        pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run([sys.executable, "-c", program], check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
