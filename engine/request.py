@@ -28,6 +28,10 @@ class EngineDead(RuntimeError):
     """The step loop stopped after an internal error; the replica must be replaced."""
 
 
+class GenerationFailed(RuntimeError):
+    """This request alone failed inside the model, such as with logits that are no numbers (HTTP 500)."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
@@ -152,3 +156,27 @@ class GenerationChunk:
             for p in values["logprobs"]
         )
         return cls(**values)
+
+
+def check_length(prompt_tokens: int, max_tokens: int | None, limit: int, param: str = "prompt") -> int:
+    """How many tokens, prompt and completion together, a request may come to in a context of ``limit`` tokens.
+
+    ``max_tokens`` None fills the context. ``param`` is what the client calls its prompt ("prompt", "messages").
+    Raises InvalidRequest with the numbers for an empty prompt and for what does not fit.
+    """
+    if prompt_tokens == 0:
+        raise InvalidRequest("the prompt has no tokens: send at least one", param)
+    if prompt_tokens >= limit:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens but the context is {limit} tokens, completion included: "
+            f"shorten it by {prompt_tokens - limit + 1} or more",
+            param,
+        )
+    total = limit if max_tokens is None else prompt_tokens + max_tokens
+    if total > limit:
+        raise InvalidRequest(
+            f"the prompt's {prompt_tokens} tokens and max_tokens {max_tokens} exceed the context of {limit} tokens: "
+            f"lower max_tokens to {limit - prompt_tokens} or less",
+            "max_tokens",
+        )
+    return total

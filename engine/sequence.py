@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adapter_store.packed import PackedAdapter
     from adapter_store.slots import Slot
+    from engine.output import OutputQueue
     from engine.request import GenerationRequest
     from engine.text_stream import OutputText
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 class Sequence:
     """A request's tokens and what it holds. Touched by the step loop's thread only.
 
-    arrival: grows with every request; decides order. max_tokens: prompt and completion together. seed: draws.
+    arrival: grows with every request; decides order. max_tokens: prompt and completion together. seed: of its draws.
+    text: the visible text, None for a model without a tokenizer. queue: where results go.
     tokens: prompt, then what was generated. computed: how many of them have keys and values in ``pages``.
     overtaken: admissions of later arrivals while this one had no slot to go to. draining: the digest that its
     starvation keeps from being admitted again, so that a slot comes free.
@@ -26,7 +28,8 @@ class Sequence:
     arrival: int
     max_tokens: int
     seed: int
-    output: OutputText | None = None
+    text: OutputText | None = None
+    queue: OutputQueue | None = None
     adapter: PackedAdapter | None = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0

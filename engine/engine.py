@@ -1,0 +1,178 @@
+"""The engine as others use it: an asyncio front for the step loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+
+import torch
+
+from adapter_store.errors import AdapterRefused
+from adapter_store.slots import Residency
+from engine.output import OutputQueue
+from engine.parts import EngineParts, build_parts
+from engine.request import EngineDead, GenerationChunk, GenerationRequest, InvalidRequest, check_length
+from engine.sequence import Sequence
+from engine.settings import EngineSettings
+from engine.spec import ModelSpec
+from engine.stats import EngineStats
+from engine.step_loop import StepLoop
+from engine.text_stream import OutputText
+from engine.tokenizer import Tokenizer
+
+# Prompt tokens that a completion's text is decoded after: enough for any decoder to see that it goes on.
+_TEXT_CONTEXT = 8
+
+
+class Engine:
+    """One model with its adapters, generating for many requests at once.
+
+        engine = Engine(EngineSettings(model="path/to/model"))
+        await engine.start()
+        async for chunk in engine.generate(request):
+            print(chunk.text, end="")
+        await engine.close()
+
+    The work is done in a thread of the engine's own; ``generate`` may be used from any number of event loops.
+    """
+
+    def __init__(self, settings: EngineSettings, on_residency: Callable[[Residency], None] | None = None) -> None:
+        """on_residency: called after each change of what is in the adapter slots, on the engine's own thread: it
+        must neither block nor raise (hand the news to an event loop with ``call_soon_threadsafe``)."""
+        self.settings = settings
+        self._on_residency = on_residency
+        self._loop: StepLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._arrivals = itertools.count()
+        self._random = random.Random(settings.seed)  # noqa: S311 (draws of tokens, nothing secret)
+
+    async def start(self) -> None:
+        """Load the model and begin to serve. Returns when requests can be answered; call it once.
+
+        Raises ValueError, FileNotFoundError and the like, naming the setting or the file and the remedy.
+        """
+        if self._thread is not None:
+            raise RuntimeError("the engine was started before: make a new one")
+        ready: Future[StepLoop] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="engine-steps", daemon=True)
+        self._thread.start()
+        self._loop = await asyncio.wrap_future(ready)
+
+    async def close(self) -> None:
+        """Stop after the step under way. Unfinished requests end with EngineDead."""
+        if self._loop is None or self._thread is None:
+            return
+        self._loop.stop()
+        await asyncio.to_thread(self._thread.join)
+        if self.parts.store is not None:
+            await asyncio.to_thread(self.parts.store.close)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        """Chunks of one request, the first as soon as there is a token; a slow reader gets several as one.
+
+        The last chunk has a ``finish_reason``. Leaving early (``aclose``, cancellation, an abandoned loop) aborts
+        the request. Raises, before or between chunks: InvalidRequest, EngineOverloaded, EngineDead, GenerationFailed
+        and the AdapterError family.
+        """
+        loop = self._started()
+        sequence = self._sequence(request)
+        loop.submit(sequence)
+        ended = False
+        try:
+            while not ended:
+                assert sequence.queue is not None
+                try:
+                    chunk = await sequence.queue.get()
+                except Exception:
+                    ended = True
+                    raise
+                ended = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            if not ended:
+                loop.abort(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; its reader gets a last chunk with finish_reason "abort"."""
+        self._started().abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now. Cheap; any thread."""
+        return self._started().stats()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be answered: started, not closed, and the step loop has not broken."""
+        return self._loop is not None and self._loop.healthy
+
+    @property
+    def parts(self) -> EngineParts:
+        """Model, tokenizer, pages, slots and store of a started engine. The step loop's thread owns what changes."""
+        return self._started().parts
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The base model's shape."""
+        return self.parts.spec
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises RuntimeError for random weights without one."""
+        if self.parts.tokenizer is None:
+            raise RuntimeError(f"{self.settings.model} has no tokenizer.json")
+        return self.parts.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its completion together."""
+        return self.parts.max_model_len
+
+    def _run(self, ready: Future[StepLoop]) -> None:
+        try:
+            with torch.inference_mode():
+                loop = StepLoop(build_parts(self.settings, self._on_residency), self.settings)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(loop)
+        loop.run()
+
+    def _started(self) -> StepLoop:
+        if self._loop is None:
+            raise EngineDead("the engine is not running: await start() first")
+        return self._loop
+
+    def _sequence(self, request: GenerationRequest) -> Sequence:
+        """Check all of the request that can be checked without its adapter."""
+        parts, params = self.parts, request.sampling
+        prompt_tokens = len(request.prompt_token_ids)
+        max_tokens = check_length(prompt_tokens, params.max_tokens, parts.max_model_len)
+        room = parts.pages.capacity + 1  # the last token's keys and values are never needed
+        if max_tokens > room:
+            if params.max_tokens is not None or prompt_tokens >= room:
+                raise InvalidRequest(
+                    f"the prompt's {prompt_tokens} tokens and its completion (max_tokens {params.max_tokens}) are more "
+                    f"than the {room} tokens that a KV cache of {parts.pages.num_pages} pages has room for: shorten "
+                    "them, or have num_pages raised",
+                    "prompt" if prompt_tokens >= room else "max_tokens",
+                )
+            max_tokens = room
+        worst = max(request.prompt_token_ids), min(request.prompt_token_ids)
+        if worst[0] >= parts.spec.vocab_size or worst[1] < 0:
+            bad = worst[0] if worst[0] >= parts.spec.vocab_size else worst[1]
+            raise InvalidRequest(f"token id {bad} is not below the vocabulary size {parts.spec.vocab_size}", "prompt")
+        if request.adapter is not None and parts.store is None:
+            raise AdapterRefused(request.adapter, "this engine has no adapter slots: set slots, such as {16: 32}")
+        if request.adapter is None and request.adapter_digest is not None:
+            raise InvalidRequest(f"adapter_digest {request.adapter_digest!r} comes without an adapter", "adapter")
+        text: OutputText | None = None
+        if parts.tokenizer is not None:
+            text = OutputText(parts.tokenizer, params.stop, request.prompt_token_ids[-_TEXT_CONTEXT:])
+        elif params.stop:
+            raise InvalidRequest("stop strings need a tokenizer, which this model has not: use stop_token_ids", "stop")
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        return Sequence(request, next(self._arrivals), max_tokens, seed, text, OutputQueue())

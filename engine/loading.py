@@ -1,0 +1,89 @@
+"""Brings adapters to host memory beside the step loop, so that only the requests that need them wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from adapter_store.errors import AdapterError, AdapterUnavailable
+from adapter_store.packed import PackedAdapter
+from adapter_store.store import AdapterStore
+from engine.sequence import Sequence
+
+_Key = tuple[str, str | None]  # the name asked for, and the digest if the caller resolved it
+
+
+class AdapterLoads:
+    """Loads under way and who waits for them. Called from the step loop's thread only.
+
+    Requests for the same adapter share one thread, so that a source which does not answer holds one of them.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        threads: int,
+        post: Callable[[Callable[[], None]], None],
+        loaded: Callable[[Sequence], None],
+        failed: Callable[[Sequence, Exception], None],
+    ) -> None:
+        """post: runs a function on the step loop's thread. loaded, failed: called there, for each sequence."""
+        self._store = store
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-load")
+        self._post = post
+        self._loaded = loaded
+        self._failed = failed
+        self._waiting: dict[_Key, list[Sequence]] = {}
+        #: Sequences whose adapter is on its way. Any thread may read it.
+        self.waiting = 0
+
+    def start(self, sequence: Sequence) -> None:
+        """Have ``loaded`` or ``failed`` called for the sequence: at once when its adapter is in host memory."""
+        request = sequence.request
+        assert request.adapter is not None
+        cached = self._store.host_cache.get(request.adapter_digest) if request.adapter_digest else None
+        if cached is not None:
+            sequence.adapter = cached
+            self._loaded(sequence)
+            return
+        self.waiting += 1
+        key = (request.adapter, request.adapter_digest)
+        if key in self._waiting:
+            self._waiting[key].append(sequence)
+            return
+        self._waiting[key] = [sequence]
+        future = self._threads.submit(self._store.load, *key)
+        future.add_done_callback(lambda done: self._post(partial(self._finish, key, done)))
+
+    def drop(self, sequence: Sequence) -> bool:
+        """Forget an aborted sequence; False when it does not wait here. Its load goes on, for the host cache."""
+        for sequences in self._waiting.values():
+            if sequence in sequences:
+                sequences.remove(sequence)
+                self.waiting -= 1
+                return True
+        return False
+
+    def close(self) -> None:
+        """Start no more loads. Threads at work end with their load."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self, key: _Key, done: Future[PackedAdapter]) -> None:
+        sequences = self._waiting.pop(key)
+        self.waiting -= len(sequences)
+        error = done.exception()
+        for sequence in sequences:
+            if error is None:
+                sequence.adapter = done.result()
+                self._loaded(sequence)
+            else:
+                self._failed(sequence, _as_adapter_error(key[0], error))
+
+
+def _as_adapter_error(name: str, error: BaseException) -> Exception:
+    if isinstance(error, AdapterError):
+        return error
+    unavailable = AdapterUnavailable(name, f"loading it failed: {type(error).__name__}: {error}")
+    unavailable.__cause__ = error
+    return unavailable

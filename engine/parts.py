@@ -1,0 +1,195 @@
+"""Builds what an engine runs with: tokenizer, weights, adapter slots and store, and a KV cache of the right size."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adapter_store.slots import Residency, SlotPool
+from adapter_store.store import AdapterStore
+from engine.kv_pages import PagePool
+from engine.lora_targets import adapter_layout
+from engine.model import DecoderModel
+from engine.request import GenerationRequest, SamplingParams
+from engine.runner import Runner
+from engine.scheduler import PlannedRow, StepPlan
+from engine.sequence import Sequence
+from engine.settings import EngineSettings
+from engine.spec import ModelSpec
+from engine.tokenizer import Tokenizer
+from engine.weights import load_weights, random_weights
+
+_log = logging.getLogger(__name__)
+_CPU_KV_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """A loaded model and everything round it.
+
+    max_model_len: the longest prompt plus completion that the model and the settings allow, in tokens.
+    eos_token_ids: tokens that end a completion. store and slots are None when there are no adapter slots.
+    """
+
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    runner: Runner
+    pages: PagePool
+    slots: SlotPool | None
+    store: AdapterStore | None
+
+
+def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], None] | None) -> EngineParts:
+    """Load and allocate everything. Call it on the thread that will run the steps.
+
+    Raises ValueError or FileNotFoundError naming the setting or the file and the remedy.
+    """
+    started = time.perf_counter()
+    device = _device(settings)
+    if settings.cpu_threads is not None:
+        torch.set_num_threads(settings.cpu_threads)
+    spec = ModelSpec.from_dir(settings.model)
+    tokenizer = _tokenizer(settings)
+    dtype = _dtype(settings, device)
+    max_model_len = settings.max_model_len or spec.max_position_embeddings
+    if max_model_len > spec.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len is {max_model_len} but {spec.name} knows {spec.max_position_embeddings} positions: lower it"
+        )
+    model = DecoderModel(spec, dtype, device, max_model_len)
+    if settings.load_random_weights:
+        random_weights(model, settings.seed or 0)
+    else:
+        load_weights(model, settings.model)
+    slots, store = _adapters(settings, spec, dtype, device, on_residency)
+    runner, activation_bytes = Runner(model, model.new_kv_cache(1, settings.page_size), slots), 0
+    if device.type == "cuda":
+        activation_bytes = _rehearse(runner, settings, max_model_len)
+    num_pages = _num_pages(settings, model, max_model_len, activation_bytes)
+    runner.kv = model.new_kv_cache(num_pages, settings.page_size)
+    pages = PagePool(num_pages, settings.page_size, runner.poison if settings.poison else None)
+    if settings.poison:
+        runner.poison(range(num_pages))
+    _log.info(
+        "%s on %s in %s: weights %s, adapter slots %s (%s), KV cache %s (%d pages of %d tokens), "
+        "one step %s; ready in %.1f s",
+        spec.name,
+        device,
+        str(dtype).removeprefix("torch."),
+        _size(sum(target.nbytes for _, target in model.checkpoint_tensors())),
+        _size(0 if slots is None else slots.arena.nbytes),
+        ", ".join(f"{count} of rank {rank}" for rank, count in settings.slots) or "none",
+        _size(num_pages * _page_bytes(model, settings.page_size)),
+        num_pages,
+        settings.page_size,
+        _size(activation_bytes) if activation_bytes else "not measured",
+        time.perf_counter() - started,
+    )
+    eos = {*spec.eos_token_ids, *(() if tokenizer is None else tokenizer.eos_token_ids)}
+    return EngineParts(spec, tokenizer, frozenset(eos), max_model_len, runner, pages, slots, store)
+
+
+def _device(settings: EngineSettings) -> torch.device:
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device is 'cuda' but torch sees no GPU: check the driver, or set device to 'cpu'")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, settings.dtype)
+
+
+def _tokenizer(settings: EngineSettings) -> Tokenizer | None:
+    """A benchmark with random weights may have a config.json alone; nothing else goes without a tokenizer."""
+    if settings.load_random_weights and not (Path(settings.model) / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_dir(settings.model)
+
+
+def _adapters(
+    settings: EngineSettings,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_residency: Callable[[Residency], None] | None,
+) -> tuple[SlotPool | None, AdapterStore | None]:
+    if not settings.slots:
+        return None, None
+    layout = adapter_layout(spec)
+    slots = SlotPool(layout, dict(settings.slots), dtype, device, poison=settings.poison, on_change=on_residency)
+    pin_memory = device.type == "cuda"
+    return slots, AdapterStore(settings.store, layout, dtype, settings.max_rank, pin_memory=pin_memory)
+
+
+def _page_bytes(model: DecoderModel, page_size: int) -> int:
+    spec = model.spec
+    return 2 * spec.num_layers * page_size * spec.kv_size * model.dtype.itemsize
+
+
+def _num_pages(settings: EngineSettings, model: DecoderModel, max_model_len: int, activation_bytes: int) -> int:
+    """The setting, else what fits: never more than every row can use, on a CPU at most 1 GiB."""
+    if settings.num_pages is not None:
+        return settings.num_pages
+    page_bytes = _page_bytes(model, settings.page_size)
+    one_context = -(-max_model_len // settings.page_size)
+    if model.device.type == "cpu":
+        room = max(_CPU_KV_BYTES // page_bytes, one_context)
+    else:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(model.device)
+        room = int((free - activation_bytes) * settings.kv_memory_fraction) // page_bytes
+        if room < 1:
+            raise ValueError(
+                f"no GPU memory is left for the KV cache: of {_size(total)}, {_size(free)} are free after weights and "
+                f"slots, and a step takes {_size(activation_bytes)}: lower slots, max_batch_tokens or max_rows"
+            )
+    pages = min(room, settings.max_rows * one_context)
+    if pages < one_context:
+        _log.warning(
+            "the KV cache holds %d tokens, less than the context of %d: longer requests are refused",
+            pages * settings.page_size,
+            max_model_len,
+        )
+    return pages
+
+
+def _rehearse(runner: Runner, settings: EngineSettings, max_model_len: int) -> int:
+    """Run the largest prefill and decode steps once, on pages of no consequence, and return the memory they took.
+
+    This also compiles the kernels, so that the first request does not wait for it.
+    """
+    device = runner.model.device
+    rows = max(settings.max_rows, -(-settings.max_batch_tokens // max_model_len))
+    length = max(min(settings.max_batch_tokens // rows, max_model_len - 1), 1)
+    runner.kv = runner.model.new_kv_cache(-(-(length + 1) // settings.page_size), settings.page_size)
+    pages = list(range(runner.kv.keys[0].shape[0]))
+    sampling = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)
+    sequences = [
+        Sequence(GenerationRequest(f"rehearsal-{row}", (0,) * length, sampling), row, length + 1, seed=row, pages=pages)
+        for row in range(rows)
+    ]
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    runner.run(StepPlan(tuple(PlannedRow(one, 0, length, samples=True) for one in sequences), 0), always_lora=True)
+    decode = sequences[: settings.max_rows]
+    for one in decode:
+        one.tokens.append(0)
+    rows_of_one = tuple(PlannedRow(one, length, length + 1, samples=True) for one in decode)
+    runner.run(StepPlan(rows_of_one, len(decode)), always_lora=True)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,32 @@
+"""What an engine reports about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment's picture. Counts of requests, pages and adapters are of now, the others are totals since the start.
+
+    resident and host_cached: adapter digests in slots and in host memory. residency_version grows whenever
+    ``resident`` changes. last_step_seconds: wall time of the last step, 0 before the first.
+    """
+
+    healthy: bool
+    running: int
+    waiting: int
+    waiting_for_adapter: int
+    num_pages: int
+    free_pages: int
+    resident: tuple[str, ...]
+    residency_version: int
+    host_cached: tuple[str, ...]
+    slot_hits: int
+    slot_misses: int
+    slot_evictions: int
+    preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+    last_step_seconds: float

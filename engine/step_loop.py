@@ -1,0 +1,274 @@
+"""The thread that plans and runs steps. It owns all mutable state; others leave it messages."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from adapter_store.errors import AdapterRefused
+from engine.loading import AdapterLoads
+from engine.output import Outbox
+from engine.parts import EngineParts
+from engine.request import (
+    EngineDead,
+    EngineOverloaded,
+    FinishReason,
+    GenerationChunk,
+    GenerationFailed,
+    InvalidRequest,
+    TokenLogprob,
+)
+from engine.runner import SampledToken
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.settings import EngineSettings
+from engine.stats import EngineStats
+
+_log = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """Plans a step, runs it, hands out what it produced; sleeps when there is nothing to do.
+
+    ``submit``, ``abort``, ``stop`` and ``stats`` may be called from any thread; the rest is the loop's own.
+    """
+
+    def __init__(self, parts: EngineParts, settings: EngineSettings) -> None:
+        self.parts = parts
+        self._limit = settings.max_rows + settings.max_waiting
+        self._scheduler = Scheduler(
+            parts.pages,
+            parts.slots,
+            max_rows=settings.max_rows,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_overtakes=settings.max_overtakes,
+        )
+        self._loads: AdapterLoads | None = None
+        if parts.store is not None:
+            self._loads = AdapterLoads(parts.store, settings.load_threads, self._post, self._scheduler.add, self._fail)
+        self._outbox = Outbox()
+        self._wake = threading.Condition()
+        # Guarded by _wake: messages to the loop, and every sequence that is not finished.
+        self._inbox: list[Callable[[], None]] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._ended: EngineDead | None = None
+        self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self._last_step_seconds = 0.0
+
+    @property
+    def healthy(self) -> bool:
+        """False once the loop has stopped, for whatever reason."""
+        return self._ended is None
+
+    def submit(self, sequence: Sequence) -> None:
+        """Take a sequence in. Raises EngineOverloaded, EngineDead, and InvalidRequest for an id in use."""
+        request_id = sequence.request.request_id
+        with self._wake:
+            if self._ended is not None:
+                raise self._ended
+            if len(self._sequences) >= self._limit:
+                raise EngineOverloaded(
+                    f"{len(self._sequences)} requests are running or waiting, as many as max_rows and max_waiting "
+                    "allow: try again later"
+                )
+            if request_id in self._sequences:
+                raise InvalidRequest(f"request_id {request_id!r} is in use by a running request", "request_id")
+            self._sequences[request_id] = sequence
+        start = self._scheduler.add
+        if sequence.request.adapter is not None:
+            assert self._loads is not None
+            start = self._loads.start
+        self._post(lambda: start(sequence) if self._is_live(sequence) else None)
+
+    def abort(self, target: Sequence | str) -> None:
+        """End a request, by id or itself, before the next step. Nothing happens when it is already finished."""
+        self._post(lambda: self._abort(target))
+
+    def stop(self) -> None:
+        """End the loop after the step under way; unfinished requests get EngineDead."""
+        self._post(lambda: self._end(EngineDead("the engine was closed")))
+
+    def stats(self) -> EngineStats:
+        """A picture of now. Numbers of the same moment up to the step under way."""
+        parts, scheduler = self.parts, self._scheduler
+        residency = None if parts.slots is None else parts.slots.residency()
+        slots = None if parts.slots is None else parts.slots.stats()
+        return EngineStats(
+            healthy=self.healthy,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            waiting_for_adapter=0 if self._loads is None else self._loads.waiting,
+            num_pages=parts.pages.num_pages,
+            free_pages=parts.pages.free_pages,
+            resident=() if residency is None else tuple(residency.adapters),
+            residency_version=0 if residency is None else residency.version,
+            host_cached=() if parts.store is None else parts.store.host_cache.digests(),
+            slot_hits=0 if slots is None else slots.hits,
+            slot_misses=0 if slots is None else slots.misses,
+            slot_evictions=0 if slots is None else slots.evictions,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            steps=self._steps,
+            last_step_seconds=self._last_step_seconds,
+        )
+
+    def run(self) -> None:
+        """Turn until stopped or broken. The body of the engine's thread."""
+        with torch.inference_mode():
+            try:
+                while self._ended is None:
+                    self._turn()
+            except Exception as error:
+                _log.exception("the step loop broke; every request is failed")
+                dead = EngineDead(f"the step loop broke: {type(error).__name__}: {error}; replace this replica")
+                dead.__cause__ = error
+                self._end(dead)
+        if self._loads is not None:
+            self._loads.close()
+
+    def _turn(self) -> None:
+        with self._wake:
+            while not self._inbox and not self._scheduler.running and not self._scheduler.waiting:
+                self._wake.wait()
+            inbox, self._inbox = self._inbox, []
+        for message in inbox:
+            message()
+        if self._ended is None:
+            self._step()
+        if lost := self._outbox.post():
+            with self._wake:
+                unread = [sequence for sequence in self._sequences.values() if sequence.queue in lost]
+            for sequence in unread:
+                self._abort(sequence)
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        plan = self._scheduler.plan()
+        if not plan.rows:
+            assert not self._scheduler.waiting, "requests wait although nothing runs"
+            return
+        sampled = iter(self.parts.runner.run(plan))
+        for row in plan.rows:
+            row.sequence.computed = row.end
+            self._prompt_tokens += max(0, min(row.end, row.sequence.prompt_tokens) - row.start)
+            if row.samples:
+                self._advance(row.sequence, next(sampled))
+        self._steps += 1
+        self._last_step_seconds = time.perf_counter() - started
+
+    def _advance(self, sequence: Sequence, sampled: SampledToken) -> None:
+        """Add a drawn token to its sequence, see whether that ends it, and hand out the chunk."""
+        token = sampled.token_id
+        if token is None:
+            self._fail(sequence, _not_finite(sequence))
+            return
+        sequence.tokens.append(token)
+        self._generated_tokens += 1
+        text, reason, stop = self._finish_check(sequence, token)
+        request = sequence.request
+        chunk = GenerationChunk(
+            request.request_id,
+            text,
+            (token,),
+            sequence.prompt_tokens,
+            sequence.completion_tokens,
+            () if request.sampling.logprobs is None else (self._logprob(token, sampled),),
+            reason,
+            stop,
+        )
+        assert sequence.queue is not None
+        self._outbox.add(sequence.queue, chunk)
+        if reason is not None:
+            self._forget(sequence)
+            self._scheduler.remove(sequence)
+
+    def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """(text that the token brought, why the sequence is finished or None, what stopped it)."""
+        params, output = sequence.request.sampling, sequence.text
+        text, stop = "", None
+        reason: FinishReason | None = None
+        if token in params.stop_token_ids:
+            reason, stop = "stop", token
+        elif token in self.parts.eos_token_ids and not params.ignore_eos:
+            reason = "stop"
+        elif output is not None:
+            text, stop = output.push(token)
+            reason = None if stop is None else "stop"
+        if reason is None and len(sequence.tokens) >= sequence.max_tokens:
+            reason = "length"
+        if reason is not None and output is not None and not isinstance(stop, str):
+            rest, found = output.finish()
+            text += rest
+            if found is not None:
+                reason, stop = "stop", found
+        return text, reason, stop
+
+    def _logprob(self, token: int, sampled: SampledToken) -> TokenLogprob:
+        tokenizer = self.parts.tokenizer
+
+        def name(token_id: int) -> str:
+            return "" if tokenizer is None else tokenizer.token_text(token_id)
+
+        assert sampled.logprob is not None
+        top = tuple((token_id, value, name(token_id)) for token_id, value in sampled.top)
+        return TokenLogprob(token, sampled.logprob, name(token), top)
+
+    def _abort(self, target: Sequence | str) -> None:
+        sequence = self._sequences.get(target) if isinstance(target, str) else target
+        if sequence is None or not self._is_live(sequence):
+            return
+        self._forget(sequence)
+        if self._loads is None or not self._loads.drop(sequence):
+            self._scheduler.remove(sequence)
+        assert sequence.queue is not None
+        counts = (sequence.prompt_tokens, sequence.completion_tokens)
+        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="abort")
+        self._outbox.add(sequence.queue, chunk)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End one request with an error; the others go on."""
+        if not self._is_live(sequence):
+            return
+        self._forget(sequence)
+        if sequence in self._scheduler.running:
+            self._scheduler.remove(sequence)
+        assert sequence.queue is not None
+        self._outbox.add(sequence.queue, error)
+
+    def _end(self, error: EngineDead) -> None:
+        with self._wake:
+            if self._ended is not None:
+                return
+            self._ended = error
+            sequences, self._sequences = list(self._sequences.values()), {}
+        for sequence in sequences:
+            assert sequence.queue is not None
+            self._outbox.add(sequence.queue, error)
+        self._outbox.post()
+
+    def _is_live(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request.request_id) is sequence
+
+    def _forget(self, sequence: Sequence) -> None:
+        with self._wake:
+            del self._sequences[sequence.request.request_id]
+
+    def _post(self, message: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(message)
+            self._wake.notify()
+
+
+def _not_finite(sequence: Sequence) -> Exception:
+    where = f"the logits of token {len(sequence.tokens)} are not finite"
+    if sequence.request.adapter is None:
+        return GenerationFailed(f"{where}: the base model overflows in this dtype; try bfloat16 or float32")
+    return AdapterRefused(
+        sequence.request.adapter,
+        f"{where}: its weights make the model overflow; check its scale and how it was trained",
+    )
