@@ -1,7 +1,8 @@
 """Adapter-affinity routing inside Ray Serve: the policy of ``placement`` behind Serve's ``RequestRouter``.
 
 Everything that leans on Serve's alpha or private router API is in this file. Serve 2.60 ships this module to
-routers by value, so it must keep no state of its own at module level.
+routers by value: it keeps no state at module level, and it reaches objects that must not be copied through their
+module (``routing_counters.counters``), which travels by name.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from deployments import routing_counters
 from deployments.placement import PlacementPolicy, Reason, ReplicaState, rank_replicas, rendezvous_order
 from deployments.residency import ResidencyView
 from deployments.residency_feed import watch_hub
-from deployments.routing_counters import counters
 
 SINGLE_RANKS = 8  # after this many replicas tried one by one, the rest is one rank for Serve to pick from
 HOMES_CACHED = 4096
@@ -154,7 +155,7 @@ class AdapterRouter(RequestRouter):
         reason = self._reasons.get(id(pending.metadata), {}).get(replica.replica_id, Reason.LEAST_LOADED)
         super()._fulfill_next_pending_request(replica, request_metadata)
         super().on_send_request(replica.replica_id)
-        counters.count(reason)
+        routing_counters.counters.count(reason)
         adapter = pending.metadata.multiplexed_model_id
         if adapter:
             self._view.predict(replica.replica_id.unique_id, adapter, self._get_curr_time_s())

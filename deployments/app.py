@@ -1,0 +1,58 @@
+"""The Serve application: ``import_path: deployments.app:build``."""
+
+# No `from __future__ import annotations` here: Serve reads the builder's annotation as a class.
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import DeploymentActorConfig, RequestRouterConfig
+
+from deployments.gateway import Gateway
+from deployments.replica import LoraReplica
+from deployments.residency_feed import HUB_NAME, ResidencyHub
+from deployments.settings import FleetSettings
+
+MARGIN = 32  # a replica's own queue must be what refuses, so Serve lets this many more through
+
+
+def build(args: FleetSettings) -> Application:
+    """The gateway in front of the replicas, as the settings say.
+
+    Serve turns ``args`` of the configuration file into ``FleetSettings`` and reports what is wrong by field.
+    """
+    settings = args.resolved(cluster_gpus())
+    engine = settings.engine_settings()
+    router: dict[str, Any] = {
+        "request_router_class": "deployments.router:AdapterRouter",
+        "request_router_kwargs": {**settings.policy(), "prediction_ttl_s": settings.routing.prediction_ttl_s},
+        "initial_backoff_s": min(0.01, settings.routing.max_backoff_s),
+        "max_backoff_s": settings.routing.max_backoff_s,
+    }
+    hub = DeploymentActorConfig(
+        name=HUB_NAME, actor_class=ray.remote(ResidencyHub), actor_options={"num_cpus": 0, "max_concurrency": 1000}
+    )
+    replica_deployment = serve.deployment(
+        name="LoraReplica",
+        num_replicas=settings.replicas.num_replicas,
+        max_ongoing_requests=engine.max_rows + engine.max_waiting + MARGIN,
+        max_queued_requests=settings.replicas.max_queued_requests,
+        graceful_shutdown_timeout_s=settings.replicas.graceful_shutdown_timeout_s,
+        health_check_period_s=settings.replicas.health_check_period_s,
+        ray_actor_options={"num_cpus": settings.replicas.num_cpus, "num_gpus": settings.replicas.num_gpus},
+        request_router_config=RequestRouterConfig(**router),
+        deployment_actors=[hub],
+    )
+    gateway_deployment = serve.deployment(
+        name="Gateway",
+        num_replicas=settings.gateway.num_replicas,
+        max_ongoing_requests=settings.gateway.max_ongoing_requests,
+        ray_actor_options={"num_cpus": settings.gateway.num_cpus},
+    )
+    plain = settings.model_dump(mode="json")
+    return gateway_deployment(serve.ingress()(Gateway)).bind(replica_deployment(LoraReplica).bind(plain), plain)
+
+
+def cluster_gpus() -> float:
+    """GPUs of the Ray cluster this process is connected to; 0 without one."""
+    return ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0

@@ -1,0 +1,104 @@
+"""The replicas as one thing that answers requests: routing by adapter, retries, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from ray.exceptions import RayActorError, RaySystemError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+
+from deployments import wire
+from deployments.protocol.errors import ReplicaLost
+from engine.request import EngineDead, EngineOverloaded, GenerationChunk, GenerationRequest
+
+RETRIES = 2
+
+
+class _Cut(Exception):
+    """A stream that ended without saying why."""
+
+
+_LOST = (
+    _Cut,
+    EngineDead,
+    RayActorError,
+    RaySystemError,
+    WorkerCrashedError,
+    ReplicaUnavailableError,
+    DeploymentUnavailableError,
+)
+
+
+class Generator(Protocol):
+    """What turns a request into chunks: the fleet, or one engine in the same process."""
+
+    def generate(self, request: GenerationRequest, model: str) -> AsyncGenerator[GenerationChunk]:
+        """Chunks until one has a finish reason. ``model`` is the client's name for the adapter, for messages.
+
+        Raises InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost.
+        """
+        ...
+
+
+class Fleet:
+    """All LoraReplicas behind a Serve handle."""
+
+    def __init__(self, handle: Any) -> None:
+        # Made here, so that the router and its news exist before the first request.
+        self._handle = handle.options(stream=True, method_name="stream")
+
+    async def generate(self, request: GenerationRequest, model: str) -> AsyncGenerator[GenerationChunk]:
+        """See ``Generator``. A request that has not begun to stream is given to another replica, twice at most,
+        when its replica dies or has a full queue."""
+        avoid: list[str] = []
+        for attempt in range(RETRIES + 1):
+            started = False
+            try:
+                async with aclosing(self._attempt(request, model, avoid)) as chunks:
+                    async for chunk in chunks:
+                        started = True
+                        yield chunk
+                return
+            except (EngineOverloaded, *_LOST, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _cancelled():
+                    raise
+                if started:
+                    raise ReplicaLost("the replica that ran this request died", started=True) from error
+                if attempt == RETRIES:
+                    if isinstance(error, EngineOverloaded):
+                        raise
+                    raise ReplicaLost("no replica answered: try again in a moment", started=False) from error
+
+    async def _attempt(
+        self, request: GenerationRequest, model: str, avoid: list[str]
+    ) -> AsyncGenerator[GenerationChunk]:
+        handle = self._handle.options(multiplexed_model_id=request.adapter_digest or "")
+        response = handle.remote(request.to_dict(), avoid=tuple(avoid))
+        finished = False
+        try:
+            async for item in response:
+                if "error" in item:
+                    finished = True
+                    avoid.append(item["replica"])
+                chunk = wire.decode(item, model)
+                finished = chunk.finish_reason is not None
+                if chunk.finish_reason == "abort":
+                    raise _Cut("the replica stopped the request")
+                yield chunk
+            if not finished:
+                raise _Cut("the stream ended without a last chunk")
+        except BackPressureError as error:
+            raise EngineOverloaded(str(error)) from error
+        finally:
+            # Dropping a response does not stop the replica; only this does.
+            if not finished:
+                response.cancel()
+
+
+def _cancelled() -> bool:
+    """Whether this task was cancelled, as against a replica whose own task was."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

@@ -1,0 +1,134 @@
+"""The application's front: HTTP for clients, a Serve handle for other Ray applications."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from adapter_store.catalog import Catalog
+from deployments.fleet import Fleet
+from deployments.generation import Generation
+from deployments.handle_errors import builtin_error
+from deployments.http_app import create_http_app
+from deployments.protocol.chat import ChatBody
+from deployments.protocol.common import read_body, usage
+from deployments.protocol.completions import CompletionBody
+from deployments.protocol.errors import from_exception
+from deployments.routing_counters import counters
+from deployments.service import CompletionService
+from deployments.settings import FleetSettings
+from engine.request import GenerationChunk
+
+logger = logging.getLogger("ray.serve")
+
+
+class Gateway:
+    """Serve deployment. One code path answers HTTP and handle calls.
+
+    From another Ray application::
+
+        handle = serve.get_app_handle("lorafleet")
+        handle.generate.remote({"model": "shout", "prompt": "robot, old, eats, school"}).result()
+        for item in handle.options(stream=True).stream.remote({...}): ...
+
+    The dict holds what the body of ``/v1/completions`` (``prompt``) or ``/v1/chat/completions`` (``messages``)
+    holds. Errors are built-in exceptions: see ``handle_errors``.
+    """
+
+    def __init__(self, replicas: DeploymentHandle, settings: dict[str, Any]) -> None:
+        fleet_settings = FleetSettings.model_validate(settings)
+        self._replicas = replicas
+        self._service = CompletionService(
+            fleet_settings.base_model_name,
+            fleet_settings.model_folder(),
+            Catalog(fleet_settings.store_settings()),
+            Fleet(replicas),
+            fleet_settings.max_model_len(),
+            fleet_settings.service_limits(),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor: the routes close over this replica's service."""
+        return create_http_app(self._service)
+
+    async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One whole answer: ``{"id", "model", "text", "token_ids", "finish_reason", "stop_reason", "logprobs",
+        "usage", "choices"}``.
+
+        The fields from text to logprobs are the first choice's; ``choices`` holds one such dict, with an
+        ``index``, for each prompt and sample. ``logprobs`` is None or a list of ``{"token_id", "logprob", "text",
+        "top"}``. Raises built-in exceptions with ``status``, ``code``, ``type`` and ``param``.
+        """
+        generation = await self._start(request)
+        try:
+            chunks = await generation.finished()
+        except Exception as error:
+            raise _told(error) from None
+        choices = [{"index": index, **_plain(chunk)} for index, chunk in enumerate(chunks)]
+        first = {name: value for name, value in choices[0].items() if name != "index"}
+        used = usage(generation.prompt_tokens, generation.completion_tokens)
+        return {"id": generation.id, "model": generation.model, **first, "usage": used, "choices": choices}
+
+    async def stream(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """Pieces as they are made: ``{"index", "text", "token_ids", "finish_reason", "stop_reason", "logprobs"}``.
+
+        The last piece of a choice has its finish reason and ``usage`` so far. Raises as ``generate`` does, also in
+        mid-stream.
+        """
+        generation = await self._start(request)
+        try:
+            async with aclosing(generation.chunks()) as chunks:
+                async for index, chunk in chunks:
+                    item = {"index": index, **_plain(chunk)}
+                    if chunk.finish_reason is not None:
+                        item["usage"] = usage(generation.prompt_tokens, generation.completion_tokens)
+                    yield item
+        except Exception as error:
+            raise _told(error) from None
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The base model and the adapters that may be named, as ``GET /v1/models`` lists them."""
+        return (await self._service.models())["data"]
+
+    async def fleet_stats(self) -> list[dict[str, Any]]:
+        """``LoraReplica.stats()`` of every replica that answers."""
+        response = self._replicas.broadcast("stats")
+        answers = await response.results_async(timeout_s=10, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    def routing_counters(self) -> dict[str, int]:
+        """Routing decisions of this process by reason: resident, spread, host_cached, home, least_loaded."""
+        return counters.as_dict()
+
+    async def _start(self, request: dict[str, Any]) -> Generation:
+        try:
+            chat = isinstance(request, dict) and "messages" in request
+            return await self._service.start(read_body(ChatBody if chat else CompletionBody, request))
+        except Exception as error:
+            raise _told(error) from None
+
+
+def _plain(chunk: GenerationChunk) -> dict[str, Any]:
+    return {
+        "text": chunk.text,
+        "token_ids": list(chunk.token_ids),
+        "finish_reason": chunk.finish_reason,
+        "stop_reason": chunk.stop_reason,
+        "logprobs": [
+            {"token_id": p.token_id, "logprob": p.logprob, "text": p.text, "top": [list(entry) for entry in p.top]}
+            for p in chunk.logprobs
+        ]
+        or None,
+    }
+
+
+def _told(error: Exception) -> Exception:
+    explained = from_exception(error)
+    if explained.status == 500:
+        logger.error("request failed", exc_info=error)
+    return builtin_error(explained)

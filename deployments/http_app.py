@@ -1,0 +1,120 @@
+"""The HTTP face: OpenAI's endpoints over a ``CompletionService``. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from adapter_store.errors import AdapterError
+from deployments import sse
+from deployments.generation import Generation
+from deployments.protocol.chat import ChatBody
+from deployments.protocol.completions import CompletionBody
+from deployments.protocol.errors import ApiError, from_exception, from_validation
+from deployments.rendering import events, whole
+from deployments.service import CompletionService
+from engine.request import InvalidRequest
+
+logger = logging.getLogger("ray.serve")
+
+
+def create_http_app(service: CompletionService) -> FastAPI:
+    """The routes, and the one error envelope for everything that can go wrong."""
+    app = FastAPI(title="LoRAFleet", docs_url="/docs", redoc_url=None)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return await service.models()
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        return await service.model(name)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody) -> Response:
+        return await _respond(service, body)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody) -> Response:
+        return await _respond(service, body)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _envelope(from_validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        where = f"{request.method} {request.url.path}"
+        message = {404: f"there is no {where}", 405: f"{where} is not allowed"}.get(
+            error.status_code, str(error.detail)
+        )
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return _envelope(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        return _envelope(_explain(error))
+
+    for kind in (ApiError, InvalidRequest, AdapterError, Exception):
+        app.add_exception_handler(kind, refused)
+    return app
+
+
+class EventStream(StreamingResponse):
+    """A generation as server-sent events. However the response ends, the generation has ended too."""
+
+    def __init__(self, generation: Generation, body: CompletionBody | ChatBody) -> None:
+        self._generation = generation
+        self._events = _event_stream(generation, body)
+        super().__init__(self._events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # A client that left in between leaves a generator that nobody reads, or that was never begun.
+            await self._events.aclose()
+            await self._generation.aclose()
+
+
+async def _respond(service: CompletionService, body: CompletionBody | ChatBody) -> Response:
+    try:
+        generation = await service.start(body)
+        if not body.stream:
+            return JSONResponse(await whole(generation, body))
+    except Exception as error:  # every error has its envelope; unknown ones are logged and say nothing
+        return _envelope(_explain(error))
+    return EventStream(generation, body)
+
+
+async def _event_stream(generation: Generation, body: CompletionBody | ChatBody) -> AsyncGenerator[bytes]:
+    """The status is sent already: an error is an event of its own, and the stream still ends as it should."""
+    try:
+        async with aclosing(events(generation, body)) as stream:
+            async for event in stream:
+                yield sse.event(event)
+    except Exception as error:
+        yield sse.event(_explain(error).body())
+    yield sse.DONE
+
+
+def _explain(error: Exception) -> ApiError:
+    explained = from_exception(error)
+    if explained.status == 500:
+        logger.error("request failed", exc_info=error)
+    return explained
+
+
+def _envelope(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

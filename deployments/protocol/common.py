@@ -1,0 +1,130 @@
+"""What completions and chat have in common: sampling fields, choices, usage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from deployments.protocol.errors import ApiError, from_validation, invalid, unsupported
+from engine.request import SamplingParams
+
+# Fields that would change the result and that we do not have, with the values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": ({},),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_embeds": (),
+}
+
+
+def _stop(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise PydanticCustomError("stop", "must be a string or a list of strings")
+
+
+class StreamOptions(BaseModel):
+    """``include_usage``: one more event at the end, with the token counts."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class GenerationBody(BaseModel):
+    """Fields of both endpoints. Fields that we do not know are ignored, as OpenAI's clients expect."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    unsupported_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED
+
+    model: str = Field(description="The base model's name or an adapter's: see GET /v1/models.")
+    n: int | None = Field(None, ge=1, description="Completions for each prompt.")
+    max_tokens: int | None = None
+    temperature: float | None = Field(None, description="0 is greedy; 1 when left out.")
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 or -1 keeps every token.")
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, harmless in cls.unsupported_fields.items():
+                value = data.get(name)
+                if value is not None and value not in harmless:
+                    raise unsupported(name, f"{name} is not supported by this server: leave it out")
+        return data
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "stream_options is only allowed together with stream=true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The engine's parameters. Raises InvalidRequest naming the field that is out of range."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_k=0 if self.top_k is None or self.top_k == -1 else self.top_k,
+            top_p=1.0 if self.top_p is None else float(self.top_p),
+            min_p=0.0 if self.min_p is None else float(self.min_p),
+            seed=self.seed,
+            max_tokens=max_tokens,
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+        )
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's ``usage`` object."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def read_body(model: type[BaseModel], payload: Any) -> Any:
+    """Validate a plain dict outside HTTP. Raises ApiError as the HTTP endpoints do."""
+    if not isinstance(payload, dict):
+        raise ApiError(400, f"the request is a {type(payload).__name__}: send a dict")
+    try:
+        return model.model_validate(payload)
+    except ValidationError as error:
+        raise from_validation(error.errors()) from None

@@ -1,0 +1,96 @@
+"""``POST /v1/completions``: what comes in and what goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from deployments.protocol.common import _UNSUPPORTED, GenerationBody
+from deployments.protocol.errors import invalid
+from engine.request import SamplingParams, TokenLogprob
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this endpoint
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value) or _is_ids(value):
+            return value
+        if all(isinstance(item, list) and item and _is_ids(item) for item in value):
+            return value
+    kinds = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+    raise PydanticCustomError("prompt", f"must be {kinds}, and no list may be empty")
+
+
+def _is_ids(value: list[Any]) -> bool:
+    return all(type(item) is int and item >= 0 for item in value)
+
+
+class CompletionBody(GenerationBody):
+    """The request body."""
+
+    unsupported_fields = {**_UNSUPPORTED, "suffix": ("",), "best_of": (1,)}  # noqa: RUF012
+
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
+    echo: bool | None = Field(None, description="Put the prompt before each completion.")
+    logprobs: int | None = Field(None, description="Log probabilities of that many likeliest tokens, 0 to 20.")
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionBody:
+        if self.echo and self.logprobs is not None:
+            raise invalid("echo", "echo together with logprobs is not supported: ask for one of them")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[item for item in self.prompt if isinstance(item, int)]]
+        return [item for item in self.prompt if not isinstance(item, int)]
+
+    def sampling_params(self) -> SamplingParams:
+        """The engine's parameters. Raises InvalidRequest naming the field that is out of range."""
+        wanted = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.sampling(max_tokens=wanted, logprobs=self.logprobs)
+
+
+def logprobs_object(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, list[Any]]:
+    """OpenAI's legacy ``logprobs``: parallel lists. ``offset``: characters of the text before these tokens."""
+    offsets: list[int] = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{text: value for _, value, text in token.top} for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+def choice(
+    index: int,
+    text: str,
+    finish_reason: str | None,
+    stop_reason: str | int | None,
+    logprobs: dict[str, list[Any]] | None,
+) -> dict[str, Any]:
+    """One entry of ``choices``, the same in a stream and in a whole answer."""
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }
+
+
+def envelope(request_id: str, created: int, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    """The answer round ``choices``, the same in a stream and in a whole answer."""
+    return {"id": request_id, "object": "text_completion", "created": created, "model": model, "choices": choices}

@@ -1,0 +1,171 @@
+"""From a validated request to running generations: one path for HTTP and for handle calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapter_store.catalog import Catalog
+from adapter_store.errors import AdapterChanged
+from adapter_store.source import ResolvedAdapter
+from deployments.fleet import Generator
+from deployments.generation import Generation
+from deployments.protocol.chat import ChatBody
+from deployments.protocol.completions import CompletionBody
+from deployments.protocol.errors import invalid
+from deployments.protocol.models import model_list, model_object
+from engine.request import GenerationChunk, GenerationRequest, SamplingParams, check_length
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """max_choices: most completions one request may ask for (prompts x n). threads: of each of the two pools."""
+
+    max_choices: int = 128
+    threads: int = 8
+
+
+class CompletionService:
+    """Names models, turns text into tokens, and starts generations.
+
+    Everything that may block runs in threads: looking adapters up on the Hub in one pool, text and local lookups
+    in another, so that a slow Hub holds up nobody else.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        model_folder: Path,
+        catalog: Catalog,
+        generator: Generator,
+        max_model_len: int,
+        limits: ServiceLimits | None = None,
+    ) -> None:
+        """max_model_len: most tokens of a prompt and its completion together, as the engines have it.
+
+        Raises ValueError when the folder has no usable tokenizer or an adapter has the base model's name.
+        """
+        self.base_model = base_model
+        self._folder = model_folder
+        self._tokenizer = Tokenizer.from_dir(model_folder)
+        self._catalog = catalog
+        self._generator = generator
+        self._max_model_len = max_model_len
+        self._limits = limits or ServiceLimits()
+        self._started = int(time.time())
+        self._text_pool = ThreadPoolExecutor(self._limits.threads, "text")
+        self._hub_pool = ThreadPoolExecutor(self._limits.threads, "hub")
+        if base_model in catalog.names():
+            raise ValueError(f"an adapter is named {base_model!r} like the base model: set model_name or rename it")
+
+    async def start(self, body: CompletionBody | ChatBody) -> Generation:
+        """Begin to generate: on return every choice has its first chunk.
+
+        Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
+        """
+        sampling = body.sampling_params()
+        n = body.n or 1
+        adapter, prompts = await asyncio.gather(self._resolve(body.model), self._in_text_pool(self._prompts, body))
+        if len(prompts) * n > self._limits.max_choices:
+            raise invalid(
+                "n" if n > 1 else "prompt",
+                f"{len(prompts)} prompts x n={n} are over the limit of {self._limits.max_choices} completions",
+            )
+        chat = isinstance(body, ChatBody)
+        for prompt in prompts:
+            check_length(len(prompt), sampling.max_tokens, self._max_model_len, "messages" if chat else "prompt")
+        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        streams: list[AsyncGenerator[GenerationChunk]] = []
+        for number, prompt in enumerate(prompts):
+            for sample in range(n):
+                request = GenerationRequest(
+                    request_id=f"{request_id}-{number * n + sample}",
+                    prompt_token_ids=tuple(prompt),
+                    sampling=_nth_sample(sampling, sample),
+                    adapter=None if adapter is None else str(adapter.ref),
+                    adapter_digest=None if adapter is None else adapter.digest,
+                    tenant=body.user or "",
+                )
+                streams.append(self._generate(request, body.model))
+        echoes = await self._in_text_pool(self._echoes, body) if isinstance(body, CompletionBody) and body.echo else []
+        echoes = [text for text in echoes for _ in range(n)]
+        generation = Generation(request_id, int(time.time()), body.model, streams, n, echoes)
+        await generation.begin()
+        return generation
+
+    async def models(self) -> dict[str, Any]:
+        """The base model and every adapter that has a name, as OpenAI's list."""
+        names = await self._in_text_pool(self._catalog.names)
+        return model_list([self._base_object(), *map(self._adapter_object, names)])
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One model. Raises AdapterNotFound and what looking it up raises."""
+        if name == self.base_model:
+            return self._base_object()
+        await self._resolve(name)
+        return self._adapter_object(name)
+
+    def close(self) -> None:
+        """Give threads and connections back."""
+        self._text_pool.shutdown(wait=False, cancel_futures=True)
+        self._hub_pool.shutdown(wait=False, cancel_futures=True)
+        self._catalog.close()
+
+    async def _generate(self, request: GenerationRequest, model: str) -> AsyncGenerator[GenerationChunk]:
+        """The fleet's chunks; an adapter published anew since it was looked up is looked up once more."""
+        started = False
+        try:
+            async with aclosing(self._generator.generate(request, model)) as chunks:
+                async for chunk in chunks:
+                    started = True
+                    yield chunk
+            return
+        except AdapterChanged:
+            if started:
+                raise
+        adapter = await self._resolve(model)
+        if adapter is not None:
+            request = replace(request, adapter=str(adapter.ref), adapter_digest=adapter.digest)
+        async with aclosing(self._generator.generate(request, model)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _resolve(self, model: str) -> ResolvedAdapter | None:
+        """None for the base model."""
+        if model == self.base_model:
+            return None
+        ref = await self._in_text_pool(self._catalog.find, model)
+        pool = self._hub_pool if ref.source == "hub" else self._text_pool
+        return await asyncio.get_running_loop().run_in_executor(pool, self._catalog.resolve_ref, model, ref)
+
+    def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
+        if isinstance(body, ChatBody):
+            return [self._tokenizer.encode_chat(body.plain_messages(), **body.template_arguments())]
+        return [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompts()]
+
+    def _echoes(self, body: CompletionBody) -> list[str]:
+        return [p if isinstance(p, str) else self._tokenizer.decode(p) for p in body.prompts()]
+
+    async def _in_text_pool(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._text_pool, function, *args)
+
+    def _base_object(self) -> dict[str, Any]:
+        return model_object(self.base_model, self._started, root=self._folder.name)
+
+    def _adapter_object(self, name: str) -> dict[str, Any]:
+        return model_object(name, self._started, root=name, parent=self.base_model)
+
+
+def _nth_sample(sampling: SamplingParams, sample: int) -> SamplingParams:
+    """A seed asks for n different samples that are the same every time, not for n copies."""
+    if sample == 0 or sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + sample) % 2**63)

@@ -1,0 +1,189 @@
+"""The ``args`` of serve_config.yaml: parsed and checked once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from adapter_store.settings import StoreSettings
+from deployments.placement import PlacementPolicy
+from deployments.service import ServiceLimits
+from engine.settings import EngineSettings
+from engine.spec import ModelSpec
+
+
+class _Section(BaseModel):
+    """Unknown keys are mistakes, and the message names them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _section_of(settings: type, name: str, without: set[str], **changed: Any) -> type[_Section]:
+    """A section with the fields, types and defaults of a settings dataclass, so that there is one list of them."""
+    hints = get_type_hints(settings)
+    entries: dict[str, Any] = {}
+    for entry in fields(settings):
+        if entry.name in without:
+            continue
+        made = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        entries[entry.name] = changed.get(entry.name, (hints[entry.name], made))
+    return create_model(name, __base__=_Section, **entries)
+
+
+if TYPE_CHECKING:  # a type checker cannot see into models that are made at run time
+
+    class EngineSection(_Section):
+        """Fields of ``EngineSettings``."""
+
+    class StoreSection(_Section):
+        """Fields of ``StoreSettings``."""
+
+    class _PolicySection(_Section):
+        """Fields of ``PlacementPolicy``."""
+
+    class _LimitsSection(_Section):
+        """Fields of ``ServiceLimits``."""
+else:
+    EngineSection = _section_of(
+        EngineSettings,
+        "EngineSection",
+        {"model", "store"},
+        slots=(dict[int, int], dict(EngineSettings(model="any").slots)),
+    )
+    StoreSection = _section_of(StoreSettings, "StoreSection", {"root", "adapters", "folders", "allow"})
+    _PolicySection = _section_of(PlacementPolicy, "_PolicySection", set())
+    _LimitsSection = _section_of(ServiceLimits, "_LimitsSection", set())
+
+
+class RoutingSection(_PolicySection):
+    """Fields of ``PlacementPolicy``, and:
+
+    prediction_ttl_s: how long a routed request counts as its adapter being resident, before news says so.
+    max_backoff_s: longest pause between two tries while every replica is full.
+    """
+
+    prediction_ttl_s: float = Field(default=1.0, ge=0)
+    max_backoff_s: float = Field(default=0.05, gt=0)
+
+
+class GatewaySection(_LimitsSection):
+    """Fields of ``ServiceLimits``, and how the Gateway deployment runs.
+
+    max_ongoing_requests: requests one gateway holds open; Serve queues the rest.
+    """
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.25, ge=0)
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+
+
+class ReplicaSection(_Section):
+    """How the LoraReplica deployment runs.
+
+    num_gpus: GPUs of one replica, fractions allowed; "auto" is 1 where the cluster has GPUs, else 0.
+    max_queued_requests: requests one gateway keeps while every replica is full or none is up; more get a 503.
+    stream_items_per_s: stream items a replica sends at most, over all its streams; tokens that come faster are
+    sent together. stream_max_delay_s: longest a token is held back for that. graceful_shutdown_timeout_s: how
+    long running requests may go on when the replica is to stop.
+    """
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_gpus: float | Literal["auto"] = "auto"
+    num_cpus: float = Field(default=0.5, ge=0)
+    max_queued_requests: int = Field(default=1024, ge=0)
+    stream_items_per_s: float = Field(default=1000.0, gt=0)
+    stream_max_delay_s: float = Field(default=0.1, ge=0)
+    graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
+    health_check_period_s: float = Field(default=5.0, gt=0)
+
+
+class FleetSettings(_Section):
+    """Everything an operator may set. Relative paths are taken from the folder that holds ``deployments``.
+
+    model: folder of the base model. model_name: what clients call it; the folder's name when left out.
+    adapters: name -> ``local:folder`` or ``hub:org/name@revision``. adapter_folders: every sub-folder that holds
+    an adapter is one of that name. allow: patterns of references that clients may name directly.
+    """
+
+    model: str
+    model_name: str | None = None
+    adapters: dict[str, str] = Field(default_factory=dict)
+    adapter_folders: list[str] = Field(default_factory=list)
+    allow: list[str] = Field(default_factory=list)
+    engine: EngineSection = EngineSection()
+    store: StoreSection = StoreSection()
+    replicas: ReplicaSection = ReplicaSection()
+    gateway: GatewaySection = GatewaySection()
+    routing: RoutingSection = RoutingSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> FleetSettings:
+        checks = {
+            "store": self.store_settings,
+            "engine": self.engine_settings,
+            "routing": lambda: PlacementPolicy(**self.policy()),
+            "gateway": self.service_limits,
+        }
+        for section, make in checks.items():
+            try:
+                make()
+            except ValueError as error:
+                raise ValueError(f"{section}: {error}") from error
+        gpus = self.replicas.num_gpus
+        if gpus != "auto" and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
+            raise ValueError(f"replicas: num_gpus is {gpus} but must be 0, a fraction of 1, or a whole number")
+        return self
+
+    def resolved(self, cluster_gpus: float) -> FleetSettings:
+        """These settings with "auto" decided for a cluster with this many GPUs."""
+        if self.replicas.num_gpus != "auto":
+            return self
+        gpus = 1.0 if cluster_gpus > 0 else 0.0
+        return self.model_copy(update={"replicas": self.replicas.model_copy(update={"num_gpus": gpus})})
+
+    @property
+    def base_model_name(self) -> str:
+        return self.model_name or self.model_folder().name
+
+    def model_folder(self) -> Path:
+        """The base model's folder on this machine."""
+        return Path(app_root(), Path(self.model).expanduser()).absolute()
+
+    def store_settings(self) -> StoreSettings:
+        """For the catalog and the adapter store, on this machine."""
+        return StoreSettings(
+            root=app_root(),
+            adapters=self.adapters,
+            folders=tuple(self.adapter_folders),
+            allow=tuple(self.allow),
+            **self.store.model_dump(),
+        )
+
+    def engine_settings(self) -> EngineSettings:
+        """For one replica, on this machine. A replica without a GPU of its own stays off every GPU."""
+        values = self.engine.model_dump()
+        if values["device"] == "auto" and self.replicas.num_gpus != "auto":
+            values["device"] = "cuda" if self.replicas.num_gpus > 0 else "cpu"
+        return EngineSettings(model=str(self.model_folder()), store=self.store_settings(), **values)
+
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its completion together. Reads the model's config.json."""
+        return self.engine_settings().max_model_len or ModelSpec.from_dir(self.model_folder()).max_position_embeddings
+
+    def service_limits(self) -> ServiceLimits:
+        """For one gateway."""
+        own = {"num_replicas", "num_cpus", "max_ongoing_requests"}
+        return ServiceLimits(**self.gateway.model_dump(exclude=own))
+
+    def policy(self) -> Mapping[str, Any]:
+        """The fields of ``PlacementPolicy``."""
+        return self.routing.model_dump(exclude={"prediction_ttl_s", "max_backoff_s"})
+
+
+def app_root() -> Path:
+    """The folder that holds ``deployments``: a checkout, a Ray working_dir, or site-packages."""
+    return Path(__file__).resolve().parent.parent
