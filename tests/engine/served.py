@@ -75,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 BASE = -1
+CLASSES = {4: 2, 8: 3, 16: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,13 @@ class Served:
                 torch.cuda.synchronize()
         self.pool.release(slot)
         return slot.index
+
+    def flood(self) -> None:
+        """Load other adapters into every slot; one that comes back later lands in another slot than it had, as long
+        as its class had a free one (the first to be taken now, so the first to be given up)."""
+        for rank, count in sorted(CLASSES.items(), reverse=True):
+            for seed in range(count):
+                self.slot(self.tiny.adapter(f"other-{rank}-{seed}", rank, seed=50 + seed))
 
     def runner(self, seed: int = 0) -> PagedRunner:
         return PagedRunner(self.model, self.lora, seed=seed)
@@ -151,7 +159,7 @@ def serve(tiny: TinyModel, dtype: torch.dtype = torch.float32, device: str = "cp
     model = DecoderModel(spec, dtype, device, 128)
     load_weights(model, tiny.path)
     layout = adapter_layout(spec)
-    pool = SlotPool(layout, {4: 2, 8: 3, 16: 2}, dtype, device, poison=True)
+    pool = SlotPool(layout, CLASSES, dtype, device, poison=True)
     groups = tuple(layout.lora_groups(layer) for layer in range(spec.num_layers))
     lora = LoraState(pool.arena, pool.slot_table, groups, pool.max_rank)
     return Served(tiny, model, pool, lora, adapters)

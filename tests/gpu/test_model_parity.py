@@ -64,8 +64,7 @@ def test_slot_pages_and_neighbours_change_no_bit(tiny_model: MakeModel, dtype: t
     expected = logits((None, None, None), seed=1)
     assert torch.equal(logits((qv, everything, o_down), seed=2), expected)
     before = served.slot(everything)
-    for seed in range(3):  # fill the class, so that the adapter is put out and comes back elsewhere
-        served.slot(served.tiny.adapter(f"other-{seed}", 8, seed=60 + seed))
+    served.flood()
     assert served.slot(everything) != before
     assert torch.equal(logits((mlp, None, qv), seed=3), expected)
 
