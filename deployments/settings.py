@@ -104,7 +104,8 @@ class ReplicaSection(_Section):
 class FleetSettings(_Section):
     """Everything an operator may set. Relative paths are taken from the folder that holds ``deployments``.
 
-    model: folder of the base model. model_name: what clients call it; the folder's name when left out.
+    model: folder of the base model. model_name: what clients call it, and what adapters name as the model they were
+    trained for (``engine.model_name`` where that differs); the folder's name when left out.
     adapters: name -> ``local:folder`` or ``hub:org/name@revision``. adapter_folders: every sub-folder that holds
     an adapter is one of that name. allow: patterns of references that clients may name directly.
     """
@@ -166,6 +167,7 @@ class FleetSettings(_Section):
     def engine_settings(self) -> EngineSettings:
         """For one replica, on this machine. A replica without a GPU of its own stays off every GPU."""
         values = self.engine.model_dump()
+        values["model_name"] = values["model_name"] or self.model_name
         if values["device"] == "auto" and self.replicas.num_gpus != "auto":
             values["device"] = "cuda" if self.replicas.num_gpus > 0 else "cpu"
         return EngineSettings(model=str(self.model_folder()), store=self.store_settings(), **values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +56,8 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
     spec = ModelSpec.from_dir(settings.model)
+    if settings.model_name is not None:
+        spec = replace(spec, name=settings.model_name)
     tokenizer = _tokenizer(settings)
     dtype = _dtype(settings, device)
     max_model_len = settings.max_model_len or spec.max_position_embeddings
@@ -127,7 +129,16 @@ def _adapters(
     if not settings.slots:
         return None, None
     layout = adapter_layout(spec)
-    slots = SlotPool(layout, dict(settings.slots), dtype, device, poison=settings.poison, on_change=on_residency)
+
+    def changed(residency: Residency) -> None:
+        if on_residency is None:
+            return
+        try:
+            on_residency(residency)
+        except Exception:  # a listener's fault must not end the requests of everybody
+            _log.exception("the listener for residency news failed")
+
+    slots = SlotPool(layout, dict(settings.slots), dtype, device, poison=settings.poison, on_change=changed)
     pin_memory = device.type == "cuda"
     return slots, AdapterStore(settings.store, layout, dtype, settings.max_rank, pin_memory=pin_memory)
 

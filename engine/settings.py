@@ -17,6 +17,7 @@ class EngineSettings:
     """Everything an ``Engine`` needs to know.
 
     model: a directory with ``config.json``, ``*.safetensors`` and ``tokenizer.json``.
+    model_name: what adapters call the model they were trained for; None takes the directory's name.
     dtype: "auto" is float32 on a CPU, bfloat16 on CUDA. device: "auto" is CUDA when there is one.
     max_model_len: longest prompt plus completion in tokens; None takes the model's own context.
     page_size: tokens a KV page. num_pages: KV pages; None sizes the cache from free GPU memory, or on a CPU
@@ -37,6 +38,7 @@ class EngineSettings:
     """
 
     model: str
+    model_name: str | None = None
     dtype: DType = "auto"
     device: Device = "auto"
     max_model_len: int | None = None
