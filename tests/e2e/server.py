@@ -20,6 +20,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120
+BASE_MODEL = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]["args"]["model_name"]
 
 
 class Server:
@@ -89,7 +90,7 @@ class Server:
             if not self._runs():
                 raise RuntimeError(f"serve run ended:\n{self.tail()}")
             try:
-                body = {"model": self.config["model_name"], "prompt": "robot, old, eats, school", "max_tokens": 1}
+                body = {"model": BASE_MODEL, "prompt": "robot, old, eats, school", "max_tokens": 1}
                 if httpx.post(f"{self.url}/v1/completions", json=body, timeout=30).status_code == 200:
                     return
             except httpx.TransportError:

@@ -9,12 +9,13 @@ import openai
 import pytest
 
 from .adapters import publish
+from .server import BASE_MODEL
 
 PROMPT = "robot, old, eats, school"
 
 
 def post(http: httpx.Client, path: str = "/v1/completions", **body) -> tuple[httpx.Response, dict]:
-    response = http.post(path, json={"model": "demo", "prompt": PROMPT} | body)
+    response = http.post(path, json={"model": BASE_MODEL, "prompt": PROMPT} | body)
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert response.headers["x-request-id"]
@@ -84,7 +85,7 @@ def test_a_wrong_or_unsupported_chat_field_is_400_by_name(http, body, param):
 
 
 def test_fields_that_nobody_knows_are_ignored(http):
-    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 1, "store": True, "invented_by_a_client": 1}
+    body = {"model": BASE_MODEL, "prompt": PROMPT, "max_tokens": 1, "store": True, "invented_by_a_client": 1}
     assert http.post("/v1/completions", json=body).status_code == 200
 
 
@@ -121,7 +122,7 @@ async def test_a_full_queue_is_503_with_retry_after(client: openai.AsyncOpenAI, 
 
     async def many():
         return await client.completions.create(
-            model="demo", prompt=[PROMPT] * 100, max_tokens=64, extra_body={"ignore_eos": True}
+            model=BASE_MODEL, prompt=[PROMPT] * 100, max_tokens=64, extra_body={"ignore_eos": True}
         )
 
     results = await asyncio.gather(*(many() for _ in range(room // 100 + 2)), return_exceptions=True)

@@ -8,11 +8,14 @@ import openai
 
 from examples.demo.words import BASE, STYLES, answer, held_out_prompts
 
+from .adapters import publish
+from .server import BASE_MODEL
+
 MAX_TOKENS = 80
 
 
 def model_of(style):
-    return "demo" if style == BASE else style
+    return BASE_MODEL if style == BASE else style
 
 
 async def completion(client, model, prompt):
@@ -99,8 +102,6 @@ async def test_prompts_of_every_form_and_several_choices(client: openai.AsyncOpe
 
 
 async def test_an_adapter_published_anew_under_its_name_is_served_anew(client: openai.AsyncOpenAI, server):
-    from .adapters import publish
-
     prompt = held_out_prompts(1)[0]
     publish(server, "tenant", like="shout")
     assert await completion(client, "tenant", prompt) == answer(prompt, "shout")
@@ -110,9 +111,9 @@ async def test_an_adapter_published_anew_under_its_name_is_served_anew(client: o
 
 async def test_the_list_of_models(client: openai.AsyncOpenAI):
     models = {model.id: model async for model in await client.models.list()}
-    assert {"demo", *STYLES[1:]} <= set(models)
-    assert models["demo"].model_extra["parent"] is None
+    assert {BASE_MODEL, *STYLES[1:]} <= set(models)
+    assert models[BASE_MODEL].model_extra["parent"] is None
     for style in STYLES[1:]:
-        assert models[style].model_extra["parent"] == "demo"
+        assert models[style].model_extra["parent"] == BASE_MODEL
         assert models[style].owned_by == "lorafleet" and models[style].created > 0
     assert (await client.models.retrieve("shout")).id == "shout"
