@@ -241,6 +241,11 @@ class SlotPool:
         """Counters so far. Any thread."""
         return SlotStats(self._hits, self._misses, self._evictions, self._exhausted)
 
+    @property
+    def in_use(self) -> int:
+        """Slots that requests hold a reference to now. Any thread."""
+        return sum(slot.refs > 0 for slot in self._slots)
+
     def _take_resident(self, digest: str, *, hit: bool = True) -> Slot | None:
         slot = self._resident.get(digest)
         if slot is None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class EngineStats:
     """A moment's picture. Counts of requests, pages and adapters are of now, the others are totals since the start.
 
-    resident and host_cached: adapter digests in slots and in host memory. residency_version grows whenever
-    ``resident`` changes. last_step_seconds: wall time of the last step, 0 before the first.
+    resident and host_cached: adapter digests in slots and in host memory. slots_in_use: slots that requests refer to.
+    residency_version grows whenever ``resident`` changes. last_step_seconds: wall time of the last step, 0 before
+    the first.
     """
 
     healthy: bool
@@ -22,6 +23,7 @@ class EngineStats:
     resident: tuple[str, ...]
     residency_version: int
     host_cached: tuple[str, ...]
+    slots_in_use: int
     slot_hits: int
     slot_misses: int
     slot_evictions: int

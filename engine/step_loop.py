@@ -107,6 +107,7 @@ class StepLoop:
             resident=() if residency is None else tuple(residency.adapters),
             residency_version=0 if residency is None else residency.version,
             host_cached=() if parts.store is None else parts.store.host_cache.digests(),
+            slots_in_use=0 if parts.slots is None else parts.slots.in_use,
             slot_hits=0 if slots is None else slots.hits,
             slot_misses=0 if slots is None else slots.misses,
             slot_evictions=0 if slots is None else slots.evictions,
