@@ -1,7 +1,7 @@
 """Logits of mixed batches against transformers + peft, one adapter at a time.
 
 What holds on the CPU, and is tested here: a step of the same number of tokens gives a row the same bits whoever
-shares it, wherever the row's adapter lies in the arena and whichever pages it has. Between steps of different
+shares it, whatever its place among them, wherever its adapter lies in the arena and whichever pages it has. Between steps of different
 numbers of tokens (another chunking, more rows) torch may pick other matrix kernels; then ``TOLERANCE`` holds.
 """
 
@@ -154,6 +154,25 @@ def test_neighbours_and_pages_change_no_bit(llama: Served) -> None:
     for seed, neighbours in enumerate([(qv, everything, o_down), (everything, everything, None), (mlp, None, qv)]):
         row = llama.among(neighbours, seed + 2)
         assert torch.equal(torch.stack(row.logits), torch.stack(expected.logits))
+
+
+def test_place_in_the_step_changes_no_bit(llama: Served) -> None:
+    def run(place: int) -> Tensor:
+        adapters = [None, *llama.adapters, llama.adapters[2]]
+        rows = [Row(prompt(12, seed=20 + index), llama.slot(adapter)) for index, adapter in enumerate(adapters)]
+        row = Row(prompt(12, seed=1), llama.slot(llama.adapters[1]))
+        rows.insert(place, row)
+        runner = llama.runner()
+        runner.step([], [(each, 12) for each in rows])
+        for _ in range(3):
+            for each in rows:
+                each.append_greedy()
+            runner.step(rows)
+        return torch.stack(row.logits)
+
+    first = run(0)
+    for place in (1, 3, 6):
+        assert torch.equal(run(place), first)
 
 
 def test_chunking_changes_nothing_beyond_the_tolerance(llama: Served) -> None:
