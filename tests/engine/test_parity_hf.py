@@ -1,8 +1,9 @@
 """Logits of mixed batches against transformers + peft, one adapter at a time.
 
 What holds on the CPU, and is tested here: a step of the same number of tokens gives a row the same bits whoever
-shares it, whatever its place among them, wherever its adapter lies in the arena and whichever pages it has. Between steps of different
-numbers of tokens (another chunking, more rows) torch may pick other matrix kernels; then ``TOLERANCE`` holds.
+shares it, whatever its place among them, wherever its adapter lies in the arena and whichever pages it has. Between
+steps of different numbers of tokens (another chunking, more rows) torch may pick other matrix kernels; then
+``TOLERANCE`` holds.
 """
 
 from __future__ import annotations
