@@ -101,7 +101,7 @@ def _pair_tensors(
     if not tensors:
         raise ValueError(f"{WEIGHTS_FILE} holds no tensors")
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # sorted, so that of several faults the same one is named
         match = _TENSOR.fullmatch(key)
         path = match["path"] if match else None
         if match is None or path not in known:

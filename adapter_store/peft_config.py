@@ -134,7 +134,9 @@ class PeftConfig:
                 continue
             if self.exclude_modules and listed(self.exclude_modules, path):
                 continue
-            if self.layers_to_transform is not None and layer_of(path) not in self.layers_to_transform:
+            # Layer numbers narrow down names that match by their end; a module listed by its whole path stays.
+            layers = None if path in self.target_modules else self.layers_to_transform
+            if layers is not None and layer_of(path) not in layers:
                 continue
             rank = next((self.rank_pattern[k] for k, p in rank_patterns.items() if path in found[p]), self.r)
             alpha = next(
