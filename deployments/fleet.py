@@ -35,10 +35,13 @@ _LOST = (
 class Generator(Protocol):
     """What turns a request into chunks: the fleet, or one engine in the same process."""
 
-    def generate(self, request: GenerationRequest, model: str) -> AsyncGenerator[GenerationChunk]:
-        """Chunks until one has a finish reason. ``model`` is the client's name for the adapter, for messages.
+    def generate(
+        self, request: GenerationRequest, model: str, *, whole: bool = False
+    ) -> AsyncGenerator[GenerationChunk]:
+        """Chunks until one has a finish reason; ``whole`` gives all of it as one chunk.
 
-        Raises InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost.
+        ``model`` is the client's name for the adapter, for messages.
+        Raises InvalidRequest, EngineOverloaded, GenerationFailed, an AdapterError or ReplicaLost.
         """
         ...
 
@@ -50,14 +53,16 @@ class Fleet:
         # Made here, so that the router and its news exist before the first request.
         self._handle = handle.options(stream=True, method_name="stream")
 
-    async def generate(self, request: GenerationRequest, model: str) -> AsyncGenerator[GenerationChunk]:
-        """See ``Generator``. A request that has not begun to stream is given to another replica, twice at most,
+    async def generate(
+        self, request: GenerationRequest, model: str, *, whole: bool = False
+    ) -> AsyncGenerator[GenerationChunk]:
+        """See ``Generator``. A request of which nothing was given out yet goes to another replica, twice at most,
         when its replica dies or has a full queue."""
         avoid: list[str] = []
         for attempt in range(RETRIES + 1):
             started = False
             try:
-                async with aclosing(self._attempt(request, model, avoid)) as chunks:
+                async with aclosing(self._attempt(request, model, avoid, whole)) as chunks:
                     async for chunk in chunks:
                         started = True
                         yield chunk
@@ -73,10 +78,10 @@ class Fleet:
                     raise ReplicaLost("no replica answered: try again in a moment", started=False) from error
 
     async def _attempt(
-        self, request: GenerationRequest, model: str, avoid: list[str]
+        self, request: GenerationRequest, model: str, avoid: list[str], whole: bool
     ) -> AsyncGenerator[GenerationChunk]:
         handle = self._handle.options(multiplexed_model_id=request.adapter_digest or "")
-        response = handle.remote(request.to_dict(), avoid=tuple(avoid))
+        response = handle.remote(request.to_dict(), whole, avoid=tuple(avoid))
         finished = False
         try:
             async for item in response:

@@ -64,7 +64,7 @@ class Gateway:
         ``index``, for each prompt and sample. ``logprobs`` is None or a list of ``{"token_id", "logprob", "text",
         "top"}``. Raises built-in exceptions with ``status``, ``code``, ``type`` and ``param``.
         """
-        generation = await self._start(request)
+        generation = await self._start(request, stream=False)
         try:
             chunks = await generation.finished()
         except Exception as error:
@@ -80,7 +80,7 @@ class Gateway:
         The last piece of a choice has its finish reason and ``usage`` so far. Raises as ``generate`` does, also in
         mid-stream.
         """
-        generation = await self._start(request)
+        generation = await self._start(request, stream=True)
         try:
             async with aclosing(generation.chunks()) as chunks:
                 async for index, chunk in chunks:
@@ -105,10 +105,10 @@ class Gateway:
         """Routing decisions of this process by reason: resident, spread, host_cached, home, least_loaded."""
         return counters.as_dict()
 
-    async def _start(self, request: dict[str, Any]) -> Generation:
+    async def _start(self, request: dict[str, Any], *, stream: bool) -> Generation:
         try:
             chat = isinstance(request, dict) and "messages" in request
-            return await self._service.start(read_body(ChatBody if chat else CompletionBody, request))
+            return await self._service.start(read_body(ChatBody if chat else CompletionBody, request), stream=stream)
         except Exception as error:
             raise _told(error) from None
 

@@ -90,7 +90,7 @@ class EventStream(StreamingResponse):
 
 async def _respond(service: CompletionService, body: CompletionBody | ChatBody) -> Response:
     try:
-        generation = await service.start(body)
+        generation = await service.start(body, stream=bool(body.stream))
         if not body.stream:
             return JSONResponse(await whole(generation, body))
     except Exception as error:  # every error has its envelope; unknown ones are logged and say nothing

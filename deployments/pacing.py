@@ -32,3 +32,12 @@ async def paced(
         yield chunk
         if chunk.finish_reason is None:
             await asyncio.sleep(delay_s())
+
+
+async def together(source: AsyncGenerator[GenerationChunk]) -> AsyncGenerator[GenerationChunk]:
+    """The whole stream as one chunk."""
+    whole: GenerationChunk | None = None
+    async for chunk in source:
+        whole = chunk if whole is None else whole + chunk
+    if whole is not None:
+        yield whole

@@ -13,7 +13,7 @@ from ray import serve
 
 from adapter_store.slots import Residency
 from deployments import wire
-from deployments.pacing import StreamPacing, paced
+from deployments.pacing import StreamPacing, paced, together
 from deployments.residency import ReplicaNews, short_key
 from deployments.residency_feed import HUB_NAME, ResidencyPublisher
 from deployments.settings import FleetSettings, ReplicaSection
@@ -40,15 +40,18 @@ class LoraReplica:
         await self._engine.start()
         self._publisher = ResidencyPublisher(self._news, lambda: serve.get_deployment_actor(HUB_NAME))
 
-    async def stream(self, request: dict[str, Any], avoid: tuple[str, ...] = ()) -> AsyncGenerator[dict[str, Any]]:
+    async def stream(
+        self, request: dict[str, Any], whole: bool = False, avoid: tuple[str, ...] = ()
+    ) -> AsyncGenerator[dict[str, Any]]:
         """The engine's chunks for one ``GenerationRequest``, as plain dicts; a refusal is the last item.
 
-        ``avoid`` is for the router, which reads it before the request gets here.
+        whole: one item with all of it. ``avoid`` is for the router, which reads it before the request gets here.
         """
         self._streams += 1
         try:
             chunks = self._engine.generate(GenerationRequest.from_dict(request))
-            async with aclosing(chunks), aclosing(paced(chunks, self._delay_s)) as items:
+            items = together(chunks) if whole else paced(chunks, self._delay_s)
+            async with aclosing(chunks), aclosing(items):
                 async for chunk in items:
                     yield wire.encode_chunk(chunk)
         except wire.REFUSALS as error:

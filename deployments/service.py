@@ -66,8 +66,8 @@ class CompletionService:
         if base_model in catalog.names():
             raise ValueError(f"an adapter is named {base_model!r} like the base model: set model_name or rename it")
 
-    async def start(self, body: CompletionBody | ChatBody) -> Generation:
-        """Begin to generate: on return every choice has its first chunk.
+    async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
+        """Begin to generate: on return every choice has its first chunk, or without ``stream`` its only one.
 
         Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
         """
@@ -94,7 +94,7 @@ class CompletionService:
                     adapter_digest=None if adapter is None else adapter.digest,
                     tenant=body.user or "",
                 )
-                streams.append(self._generate(request, body.model))
+                streams.append(self._generate(request, body.model, whole=not stream))
         echoes = await self._in_text_pool(self._echoes, body) if isinstance(body, CompletionBody) and body.echo else []
         echoes = [text for text in echoes for _ in range(n)]
         generation = Generation(request_id, int(time.time()), body.model, streams, n, echoes)
@@ -119,11 +119,13 @@ class CompletionService:
         self._hub_pool.shutdown(wait=False, cancel_futures=True)
         self._catalog.close()
 
-    async def _generate(self, request: GenerationRequest, model: str) -> AsyncGenerator[GenerationChunk]:
+    async def _generate(
+        self, request: GenerationRequest, model: str, *, whole: bool
+    ) -> AsyncGenerator[GenerationChunk]:
         """The fleet's chunks; an adapter published anew since it was looked up is looked up once more."""
         started = False
         try:
-            async with aclosing(self._generator.generate(request, model)) as chunks:
+            async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
                 async for chunk in chunks:
                     started = True
                     yield chunk
@@ -134,7 +136,7 @@ class CompletionService:
         adapter = await self._resolve(model)
         if adapter is not None:
             request = replace(request, adapter=str(adapter.ref), adapter_digest=adapter.digest)
-        async with aclosing(self._generator.generate(request, model)) as chunks:
+        async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
