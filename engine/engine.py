@@ -42,7 +42,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings, on_residency: Callable[[Residency], None] | None = None) -> None:
         """on_residency: called after each change of what is in the adapter slots, on the engine's own thread: it
-        must neither block nor raise (hand the news to an event loop with ``call_soon_threadsafe``)."""
+        must not block (hand the news to an event loop with ``call_soon_threadsafe``)."""
         self.settings = settings
         self._on_residency = on_residency
         self._loop: StepLoop | None = None
@@ -94,7 +94,7 @@ class Engine:
                 yield chunk
         finally:
             if not ended:
-                loop.abort(sequence)
+                loop.leave(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; its reader gets a last chunk with finish_reason "abort"."""

@@ -37,6 +37,7 @@ class Sequence:
     slot: Slot | None = None
     overtaken: int = 0
     draining: str | None = None
+    finished: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)

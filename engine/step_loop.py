@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class StepLoop:
     """Plans a step, runs it, hands out what it produced; sleeps when there is nothing to do.
 
-    ``submit``, ``abort``, ``stop`` and ``stats`` may be called from any thread; the rest is the loop's own.
+    ``submit``, ``abort``, ``leave``, ``stop`` and ``stats`` may be called from any thread; the rest is the loop's own.
     """
 
     def __init__(self, parts: EngineParts, settings: EngineSettings) -> None:
@@ -67,6 +67,10 @@ class StepLoop:
     def submit(self, sequence: Sequence) -> None:
         """Take a sequence in. Raises EngineOverloaded, EngineDead, and InvalidRequest for an id in use."""
         request_id = sequence.request.request_id
+        start = self._scheduler.add
+        if sequence.request.adapter is not None:
+            assert self._loads is not None
+            start = self._loads.start
         with self._wake:
             if self._ended is not None:
                 raise self._ended
@@ -78,15 +82,19 @@ class StepLoop:
             if request_id in self._sequences:
                 raise InvalidRequest(f"request_id {request_id!r} is in use by a running request", "request_id")
             self._sequences[request_id] = sequence
-        start = self._scheduler.add
-        if sequence.request.adapter is not None:
-            assert self._loads is not None
-            start = self._loads.start
-        self._post(lambda: start(sequence) if self._is_live(sequence) else None)
+            self._post(lambda: start(sequence))
 
-    def abort(self, target: Sequence | str) -> None:
-        """End a request, by id or itself, before the next step. Nothing happens when it is already finished."""
-        self._post(lambda: self._abort(target))
+    def abort(self, request_id: str) -> None:
+        """End the request that has this id now, before the next step; nothing happens when none has."""
+        with self._wake:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                self._post(lambda: self._abort(sequence))
+
+    def leave(self, sequence: Sequence) -> None:
+        """``abort`` by the only reader: nobody waits for the outcome, and the id is free again at once."""
+        self._forget(sequence)
+        self._post(lambda: self._abort(sequence))
 
     def stop(self) -> None:
         """End the loop after the step under way; unfinished requests get EngineDead."""
@@ -185,8 +193,9 @@ class StepLoop:
         assert sequence.queue is not None
         self._outbox.add(sequence.queue, chunk)
         if reason is not None:
-            self._forget(sequence)
             self._scheduler.remove(sequence)
+            sequence.finished = True
+            self._forget(sequence)
 
     def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
         """(text that the token brought, why the sequence is finished or None, what stopped it)."""
@@ -219,13 +228,13 @@ class StepLoop:
         top = tuple((token_id, value, name(token_id)) for token_id, value in sampled.top)
         return TokenLogprob(token, sampled.logprob, name(token), top)
 
-    def _abort(self, target: Sequence | str) -> None:
-        sequence = self._sequences.get(target) if isinstance(target, str) else target
-        if sequence is None or not self._is_live(sequence):
+    def _abort(self, sequence: Sequence) -> None:
+        if sequence.finished:
             return
-        self._forget(sequence)
         if self._loads is None or not self._loads.drop(sequence):
             self._scheduler.remove(sequence)
+        sequence.finished = True
+        self._forget(sequence)
         assert sequence.queue is not None
         counts = (sequence.prompt_tokens, sequence.completion_tokens)
         chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="abort")
@@ -233,11 +242,10 @@ class StepLoop:
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End one request with an error; the others go on."""
-        if not self._is_live(sequence):
-            return
-        self._forget(sequence)
         if sequence in self._scheduler.running:
             self._scheduler.remove(sequence)
+        sequence.finished = True
+        self._forget(sequence)
         assert sequence.queue is not None
         self._outbox.add(sequence.queue, error)
 
@@ -252,12 +260,10 @@ class StepLoop:
             self._outbox.add(sequence.queue, error)
         self._outbox.post()
 
-    def _is_live(self, sequence: Sequence) -> bool:
-        return self._sequences.get(sequence.request.request_id) is sequence
-
     def _forget(self, sequence: Sequence) -> None:
         with self._wake:
-            del self._sequences[sequence.request.request_id]
+            if self._sequences.get(sequence.request.request_id) is sequence:
+                del self._sequences[sequence.request.request_id]
 
     def _post(self, message: Callable[[], None]) -> None:
         with self._wake:
