@@ -225,6 +225,7 @@ class SlotPool:
         if slot.refs == 0 and not slot.loaded:
             self._vacate(slot)
             self._free[slot.class_rank].append(slot)
+            self._changed()
 
     def clear(self) -> None:
         """Empty every slot that no request uses."""

@@ -41,7 +41,7 @@ class AdapterStore:
         self._max_rank = max_rank
         self._pin_memory = pin_memory
         self._flights: SingleFlight[PackedAdapter] = SingleFlight()
-        self._refusals = _RecentRefusals(settings.negative_ttl_s)
+        self._refusals = RecentRefusals(settings.negative_ttl_s)
 
     def resolve(self, name: str) -> ResolvedAdapter:
         """What a client's name means now; see ``Catalog.resolve``."""
@@ -115,7 +115,7 @@ class AdapterStore:
         return packed
 
 
-class _RecentRefusals:
+class RecentRefusals:
     """Refusals by digest, remembered for a short while so that a bad adapter in a retry loop is not read each time."""
 
     def __init__(self, ttl_s: float) -> None:

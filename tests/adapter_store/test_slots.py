@@ -1,0 +1,356 @@
+"""The slot pool: against a simple model of it by drawn histories, and its order of memory operations on a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from adapter_store.layout import AdapterLayout, TargetGroup, TargetModule
+from adapter_store.packed import PackedAdapter
+from adapter_store.slots import SLOT_ALIGNMENT, Residency, Slot, SlotPool
+
+LAYOUT = AdapterLayout(
+    "",
+    2,
+    (
+        TargetGroup("qkv", tuple(TargetModule(f"{name}_proj", 6, out) for name, out in (("q", 8), ("k", 4), ("v", 4)))),
+        TargetGroup("o", (TargetModule("o_proj", 8, 6),)),
+    ),
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+def adapter(key: int, rank: int, layout: AdapterLayout = LAYOUT, pin: bool = False) -> PackedAdapter:
+    """An adapter whose every element tells which one it is."""
+    digest = hashlib.sha256(f"{key}/{rank}".encode()).hexdigest()
+    slab = torch.full((rank * layout.units,), float(key + 1), pin_memory=pin)
+    return PackedAdapter(f"a{key}", digest, rank, slab)
+
+
+def content(pool: SlotPool, slot: Slot, rank: int) -> torch.Tensor:
+    offset, table_rank = pool.slot_table[slot.index].tolist()
+    assert table_rank == rank
+    return pool.arena[offset : offset + rank * LAYOUT.units].cpu().clone()
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Random acquire, load, release, touch and clear against a model that is a list and two dicts."""
+
+    @initialize(
+        classes=st.dictionaries(st.sampled_from([2, 4, 8]), st.integers(1, 3), min_size=1), poison=st.booleans()
+    )
+    def start(self, classes: dict[int, int], poison: bool) -> None:
+        self.classes, self.poison = classes, poison
+        self.news: list[Residency] = []
+        self.pool = SlotPool(LAYOUT, classes, torch.float32, "cpu", poison=poison, on_change=self.news.append)
+        self.order: list[str] = []  # least recently used first
+        self.where: dict[str, int] = {}  # digest -> rank class of its slot
+        self.adapters: dict[str, PackedAdapter] = {}
+        self.loaded: set[str] = set()
+        self.held: list[tuple[Slot, str]] = []
+        self.hits = self.misses = self.evictions = self.exhausted = 0
+
+    def refs(self, digest: str) -> int:
+        return sum(held == digest for _, held in self.held)
+
+    def use(self, digest: str) -> None:
+        if digest in self.order:
+            self.order.remove(digest)
+        self.order.append(digest)
+
+    def class_to_give(self, rank: int) -> tuple[int, str | None] | None:
+        """The class a new adapter goes to and whom it puts out, by the documented order of preference."""
+        fitting = sorted(c for c in self.classes if c >= rank)
+        for c in fitting:
+            if list(self.where.values()).count(c) < self.classes[c]:
+                return c, None
+        for c in fitting:
+            for digest in self.order:
+                if self.where[digest] == c and self.refs(digest) == 0:
+                    return c, digest
+        return None
+
+    def expect_acquire(self, packed: PackedAdapter) -> bool:
+        digest = packed.digest
+        if digest in self.where:
+            self.use(digest)
+            return True
+        choice = self.class_to_give(packed.rank)
+        if choice is None:
+            self.exhausted += 1
+            return False
+        self.misses += 1
+        if choice[1] is not None:
+            self.evictions += 1
+            self.order.remove(choice[1])
+            del self.where[choice[1]]
+            self.loaded.discard(choice[1])
+        self.where[digest] = choice[0]
+        self.use(digest)
+        return True
+
+    @rule(key=st.integers(0, 6), rank=st.integers(1, 8), load=st.booleans())
+    def acquire(self, key: int, rank: int, load: bool) -> None:
+        packed = adapter(key, rank)
+        if rank > max(self.classes):
+            with pytest.raises(ValueError, match=f"rank {rank}"):
+                self.pool.acquire(packed.digest, rank)
+            return
+        self.hits += packed.digest in self.where
+        given = self.expect_acquire(packed)
+        slot = self.pool.acquire(packed.digest, rank)
+        assert (slot is not None) == given
+        if slot is not None:
+            self.take(slot, packed, load)
+
+    def take(self, slot: Slot, packed: PackedAdapter, load: bool) -> None:
+        assert slot.digest == packed.digest
+        assert slot.class_rank == self.where[packed.digest]
+        self.adapters[packed.digest] = packed
+        self.held.append((slot, packed.digest))
+        assert slot.loaded == (packed.digest in self.loaded)
+        if load and not slot.loaded:
+            self.pool.load(slot, packed)
+            self.loaded.add(packed.digest)
+        assert self.pool.ready(slot) == slot.loaded
+
+    @rule(wanted=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 2)), min_size=1, max_size=6))
+    def acquire_batch(self, wanted: list[tuple[int, int]]) -> None:
+        batch = [adapter(key, rank) for key, rank in wanted]
+        resident = [packed for packed in batch if packed.digest in self.where]
+        self.hits += len(resident)
+        slots = self.pool.acquire_all([(packed.digest, packed.rank) for packed in batch])
+        for packed in resident:  # all of these first: none of them may be put out for another of the batch
+            self.use(packed.digest)
+        taken = [(s, p) for s, p in zip(slots, batch, strict=True) if p in resident]
+        for slot, packed in taken:
+            assert slot is not None
+            self.take(slot, packed, load=True)
+        for slot, packed in zip(slots, batch, strict=True):
+            if packed in resident:
+                continue
+            given = self.expect_acquire(packed)
+            assert (slot is not None) == given
+            if slot is not None:
+                self.take(slot, packed, load=True)
+
+    @rule(key=st.integers(0, 6), rank=st.integers(1, 8))
+    def acquire_only_if_resident(self, key: int, rank: int) -> None:
+        packed = adapter(key, rank)
+        slot = self.pool.acquire(packed.digest)
+        assert (slot is not None) == (packed.digest in self.where)
+        if slot is not None:
+            self.hits += 1
+            self.use(packed.digest)
+            self.take(slot, packed, load=False)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        slot, digest = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.pool.step_done()
+        self.pool.release(slot)
+        self.use(digest)
+        if self.refs(digest) == 0 and digest not in self.loaded:
+            self.order.remove(digest)
+            del self.where[digest]
+
+    @rule(keys=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 8)), max_size=4))
+    def touch(self, keys: list[tuple[int, int]]) -> None:
+        digests = [adapter(key, rank).digest for key, rank in keys]
+        self.pool.touch(digests)
+        for digest in digests:
+            if digest in self.where:
+                self.use(digest)
+
+    @rule()
+    def clear(self) -> None:
+        self.pool.clear()
+        for digest in [d for d in self.order if self.refs(d) == 0]:
+            self.order.remove(digest)
+            del self.where[digest]
+            self.loaded.discard(digest)
+
+    @invariant()
+    def memory_holds_what_the_table_says(self) -> None:
+        arena, table = self.pool.arena, self.pool.slot_table
+        used = torch.zeros(arena.numel(), dtype=torch.bool)
+        rows = {}
+        for digest in self.where:
+            slot = self.pool.find(digest)
+            assert slot is not None
+            rows[slot.index] = digest
+            assert slot.offset % SLOT_ALIGNMENT == 0
+        assert len(rows) == len(self.where)  # no two adapters in one slot
+        for index, (offset, rank) in enumerate(table.tolist()):
+            digest = rows.get(index)
+            if digest is None or digest not in self.loaded:
+                assert rank == 0
+                continue
+            packed = self.adapters[digest]
+            assert rank == packed.rank
+            region = slice(offset, offset + packed.slab.numel())
+            assert not used[region].any()
+            used[region] = True
+            assert torch.equal(arena[region], packed.slab)
+        if self.poison:
+            assert arena[~used].isnan().all()
+
+    @invariant()
+    def references_are_kept(self) -> None:
+        for slot, digest in self.held:
+            assert slot.digest == digest
+            assert slot.refs == self.refs(digest) > 0
+            assert self.pool.find(digest) is slot
+
+    @invariant()
+    def news_and_counters_agree(self) -> None:
+        residency = self.pool.residency()
+        assert dict(residency.adapters) == {d: self.adapters[d].rank for d in self.loaded}
+        assert [news.version for news in self.news] == list(range(1, len(self.news) + 1))
+        assert residency == (self.news[-1] if self.news else residency)
+        stats = self.pool.stats()
+        counted = (stats.hits, stats.misses, stats.evictions, stats.exhausted)
+        assert counted == (self.hits, self.misses, self.evictions, self.exhausted)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_batch_never_puts_out_its_own_adapters(device: str) -> None:
+    pool = SlotPool(LAYOUT, {4: 2}, torch.float32, device, poison=True)
+    old, warm, cold = adapter(0, 4), adapter(1, 4), adapter(2, 4)
+    for packed in (warm, old):
+        slot = pool.acquire(packed.digest, 4)
+        assert slot is not None
+        pool.load(slot, packed)
+        pool.release(slot)
+    # warm is the least recently used, yet the batch that brings cold also wants warm.
+    slots = pool.acquire_all([(cold.digest, 4), (warm.digest, 4)])
+    assert [slot.digest if slot else None for slot in slots] == [cold.digest, warm.digest]
+    assert pool.find(old.digest) is None
+
+
+def test_reload_is_bit_identical_in_another_slot(device: str) -> None:
+    pool = SlotPool(LAYOUT, {4: 2, 8: 1}, torch.float32, device, poison=True)
+    packed = PackedAdapter("x", "x", 3, torch.randn(3 * LAYOUT.units))
+    first = pool.acquire("x", 3)
+    assert first is not None
+    pool.load(first, packed)
+    before = content(pool, first, 3)
+    pool.release(first)
+    others = [pool.acquire(str(number), 4) for number in range(3)]
+    assert pool.find("x") is None
+    assert others[1] is not None  # the one in the larger class
+    pool.release(others[1])
+    again = pool.acquire("x", 3)
+    assert again is not None and again.index != first.index
+    pool.load(again, packed)
+    assert torch.equal(content(pool, again, 3), before)
+
+
+@pytest.mark.parametrize("classes", [{}, {0: 4}, {8: 0}, {-1: 2}])
+def test_classes_that_make_no_pool(classes: dict[int, int]) -> None:
+    with pytest.raises(ValueError, match="slots is"):
+        SlotPool(LAYOUT, classes, torch.float32, "cpu")
+
+
+def test_a_failed_load_leaves_nothing_behind(device: str) -> None:
+    pool = SlotPool(LAYOUT, {4: 1}, torch.float32, device)
+    slot = pool.acquire("never loaded", 4)
+    assert slot is not None and not pool.ready(slot)
+    pool.release(slot)
+    assert pool.find("never loaded") is None
+    assert pool.residency().free == {4: 1}
+
+
+# A slot large enough that its copy takes milliseconds: what is out of order then shows.
+LARGE = AdapterLayout("", 16, (TargetGroup("o", (TargetModule("o_proj", 16_384, 16_384),)),))
+
+
+@pytest.fixture
+def long_step() -> Iterator[torch.cuda.Stream]:
+    """A stream on which a slow kernel (some 50 ms) runs before whatever the test launches."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        yield stream
+    stream.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOrderOnCuda:
+    def pool(self) -> SlotPool:
+        return SlotPool(LARGE, {16: 1}, torch.float32, "cuda", poison=True)
+
+    def test_reuse_waits_for_the_last_step_that_reads(self, long_step: torch.cuda.Stream) -> None:
+        pool = self.pool()
+        old, new = adapter(0, 16, LARGE, pin=True), adapter(1, 16, LARGE, pin=True)
+        slot = pool.acquire(old.digest, 16)
+        assert slot is not None
+        pool.load(slot, old)
+        pool.wait(slot)
+        torch.cuda._sleep(100_000_000)
+        read_by_step = pool.arena.clone()  # the step: reads the slot, long after it was launched
+        row_by_step = pool.slot_table.clone()
+        pool.step_done()
+        pool.release(slot)
+        reused = pool.acquire(new.digest, 16)
+        assert reused is slot
+        pool.load(reused, new)
+        assert not pool.ready(reused)  # it cannot be: the step is still to come
+        long_step.synchronize()
+        assert (read_by_step[: old.slab.numel()] == 1).all()
+        assert row_by_step.tolist() == [[0, 16]]
+        pool.wait(reused)
+        assert (pool.arena[: new.slab.numel()] == 2).all()
+
+    def test_a_load_does_not_block_the_host_or_the_step(self, long_step: torch.cuda.Stream) -> None:
+        pool = self.pool()
+        packed = adapter(0, 16, LARGE, pin=True)
+        slot = pool.acquire(packed.digest, 16)
+        assert slot is not None
+        before = torch.cuda.Event()
+        before.record(long_step)
+        pool.load(slot, packed)
+        assert not before.query()  # the host came here while the step's kernel was still running
+        copied = slot._copied
+        assert copied is not None
+        copied.synchronize()
+        assert pool.ready(slot)
+        assert not before.query()  # and the copy ended beside the step, not behind it
+        assert (pool.arena[: packed.slab.numel()] == 1).all()
+
+    def test_the_table_row_comes_after_the_copy(self) -> None:
+        pool = self.pool()
+        packed = adapter(0, 16, LARGE, pin=True)
+        slot = pool.acquire(packed.digest, 16)
+        assert slot is not None
+        torch.cuda.synchronize()
+        pool.load(slot, packed)
+        for _ in range(1000):
+            row, first, last = torch.cat(
+                (pool.slot_table[0, 1:].float(), pool.arena[:1], pool.arena[packed.slab.numel() - 1 :][:1])
+            ).tolist()
+            if row:
+                assert (first, last) == (1.0, 1.0)
+                break
+            assert row == 0 and (math.isnan(last) or last == 1.0)
+        else:
+            pytest.fail("the row never came")

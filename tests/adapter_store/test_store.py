@@ -1,0 +1,226 @@
+"""The store: names in, packed adapters out, each loaded once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapter_store.checkpoint import pack_checkpoint
+from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapter_store.settings import StoreSettings
+from adapter_store.single_flight import SingleFlight
+from adapter_store.source import CONFIG_FILE, AdapterRef, ResolvedAdapter
+from adapter_store.store import AdapterStore, RecentRefusals
+from tests.adapter_store.hub_server import Fault, HubServer
+from tests.adapter_store.plain_adapters import LAYOUT, adapter_files, write_adapter
+
+
+def make_store(root: Path, **settings: object) -> AdapterStore:
+    values = {"folders": ("adapters",), "cache_dir": "cache", "negative_ttl_s": 0.3} | settings
+    (root / "adapters").mkdir(exist_ok=True)
+    return AdapterStore(StoreSettings(root=root, **values), LAYOUT, torch.float32, max_rank=8)  # type: ignore[arg-type]
+
+
+def test_load_packs_what_the_name_means(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapters/a", rank=3)
+    store = make_store(tmp_path)
+    packed = store.load("a")
+    expected = pack_checkpoint(folder, LAYOUT, 8, torch.float32, "a")
+    assert (packed.name, packed.rank, packed.digest) == ("a", 3, store.resolve("a").digest)
+    assert packed.digest == expected.digest
+    assert torch.equal(packed.slab, expected.slab)
+    assert packed.nbytes == 4 * 3 * LAYOUT.units
+
+
+def test_the_host_cache_answers_by_digest_without_a_source(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapters/a")
+    store = make_store(tmp_path)
+    packed = store.load("a")
+    assert store.load("a") is packed
+    for file in folder.iterdir():
+        file.unlink()
+    assert store.load("a", packed.digest) is packed  # a running tenant does not notice
+    with pytest.raises(AdapterNotFound):
+        store.load("a")
+    assert store.host_cache.stats().adapters == 1
+
+
+def test_without_a_host_cache_each_load_reads(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/a")
+    store = make_store(tmp_path, host_cache_bytes=0)
+    first, second = store.load("a"), store.load("a")
+    assert first is not second
+    assert torch.equal(first.slab, second.slab)
+
+
+def test_a_name_published_again_is_new_content(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/a", seed=1)
+    store = make_store(tmp_path)
+    old = store.load("a")
+    resolved = store.resolve("a")
+    write_adapter(tmp_path / "adapters/a", seed=2)
+    new = store.load("a")
+    assert new.digest != old.digest
+    assert not torch.equal(new.slab, old.slab)
+    assert store.load("a", old.digest) is old  # rows that began with it end with it
+    store.host_cache.clear()
+    for gone in (lambda: store.load("a", old.digest), lambda: store.load(resolved)):
+        with pytest.raises(AdapterChanged, match=old.digest[:12]):
+            gone()
+
+
+def test_who_may_load_by_reference(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "elsewhere/a")
+    store = make_store(tmp_path, adapters={"declared": "local:elsewhere/a"})
+    digest = store.resolve("declared").digest
+    reference = f"local:{folder}"
+    with pytest.raises(AdapterNotFound, match="allow"):
+        store.load(reference)  # as a client would name it
+    assert store.load(reference, digest).digest == digest  # as a gateway that resolved it does
+    store.host_cache.clear()
+    assert store.load(reference, digest).digest == digest
+    assert store.load(AdapterRef.parse(reference)).digest == digest
+    assert store.load(store.resolve("declared")).digest == digest
+    with pytest.raises(AdapterChanged):
+        store.load(reference, "0" * 64)
+    with pytest.raises(AdapterNotFound, match="Hub repository"):
+        store.load("hub:../x", "0" * 64)
+
+
+def test_refusals_are_forgotten_after_their_time() -> None:
+    refusals = RecentRefusals(ttl_s=0.15)
+    resolved = ResolvedAdapter("mine", AdapterRef("local", "/x"), "d1")
+    refusals.check(resolved)
+    refusals.add("d1", AdapterRefused("theirs", "because"))
+    with pytest.raises(AdapterRefused, match="adapter 'mine': because"):
+        refusals.check(resolved)
+    refusals.check(ResolvedAdapter("mine", AdapterRef("local", "/x"), "d2"))
+    time.sleep(0.2)
+    refusals.check(resolved)
+
+
+def test_a_refusal_names_the_adapter_that_was_asked_for(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/bad", use_dora=True)
+    write_adapter(tmp_path / "adapters/same", use_dora=True)
+    store = make_store(tmp_path)
+    for name in ("bad", "same", "bad"):
+        with pytest.raises(AdapterRefused, match="use_dora") as error:
+            store.load(name)
+        assert error.value.adapter == name
+    write_adapter(tmp_path / "adapters/bad")  # repaired: other content, served at once
+    assert store.load("bad").rank == 4
+
+
+def test_one_tenants_bad_adapter_changes_nothing_for_another(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/good")
+    write_adapter(tmp_path / "adapters/bad", r=5)
+    (write_adapter(tmp_path / "adapters/worse") / CONFIG_FILE).write_bytes(b"\xff\xfe")
+    write_adapter(tmp_path / "adapters/other", base_model_name_or_path="acme/another")
+    store = make_store(tmp_path)
+
+    def one(number: int) -> str:
+        try:
+            return str(store.load(("good", "bad", "worse", "other")[number % 4]).rank)
+        except AdapterRefused as error:
+            return error.adapter
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, range(80))) == ["4", "bad", "worse", "other"] * 20
+
+
+def test_threads_share_one_load(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/a", seed=1)
+    write_adapter(tmp_path / "adapters/alias", seed=1)  # the same content under another name
+    write_adapter(tmp_path / "adapters/b", seed=2)
+    store = make_store(tmp_path)
+    gate = threading.Barrier(12)
+
+    def one(number: int) -> int:
+        gate.wait()
+        return id(store.load(("a", "alias", "b")[number % 3]))
+
+    with ThreadPoolExecutor(12) as pool:
+        objects = list(pool.map(one, range(12)))
+    assert len(set(objects)) == 2
+    assert store.host_cache.stats().adapters == 2
+
+
+def test_a_slow_source_delays_only_those_who_want_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    write_adapter(tmp_path / "adapters/near")
+    with HubServer() as hub, ThreadPoolExecutor(1) as pool:
+        hub.publish("acme/far", adapter_files(seed=3))
+        hub.fail(Fault("/cdn/", delay_s=1.5))
+        store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint)
+        started = time.monotonic()
+        far = pool.submit(store.load, "far")
+        time.sleep(0.1)
+        for _ in range(20):
+            store.load("near")
+            store.host_cache.clear()
+        assert time.monotonic() - started < 1.4
+        assert far.result().digest != store.load("near").digest
+        assert time.monotonic() - started > 1.4
+
+
+def test_a_failed_download_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with HubServer() as hub:
+        hub.publish("acme/far", adapter_files())
+        hub.fail(Fault("/cdn/", status=503))
+        store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint, hub_retries=0)
+        with pytest.raises(AdapterUnavailable):
+            store.load("far")
+        assert store.load("far").rank == 4
+
+
+def test_a_hub_adapter_too_large_for_this_model_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with HubServer() as hub:
+        files = adapter_files()
+        files["adapter_model.safetensors"] += bytes(20 << 20)
+        hub.publish("acme/far", files)
+        store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint)
+        with pytest.raises(AdapterRefused, match="at most"):
+            store.load("far")
+        assert list((tmp_path / "cache/hub").iterdir()) == []
+
+
+def test_close_drops_what_is_held(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/a")
+    store = make_store(tmp_path)
+    store.load("a")
+    store.close()
+    assert store.host_cache.digests() == ()
+
+
+def test_single_flight_shares_results_and_failures_but_remembers_neither() -> None:
+    flights: SingleFlight[object] = SingleFlight()
+    ran: list[int] = []
+    entered, leave = threading.Event(), threading.Event()
+
+    def work() -> object:
+        ran.append(1)
+        entered.set()
+        leave.wait(5)
+        if len(ran) == 1:
+            raise AdapterError("x", "first time")
+        return ran
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(flights.run, "key", work)
+        entered.wait(5)
+        followers = [pool.submit(flights.run, "key", work) for _ in range(2)]
+        assert flights.run("other key", lambda: 7) == 7  # another key does not wait
+        time.sleep(0.1)
+        leave.set()
+        for future in (first, *followers):
+            assert isinstance(future.exception(), AdapterError)
+    assert len(ran) == 1
+    assert flights.run("key", work) is ran
+    assert len(ran) == 2
