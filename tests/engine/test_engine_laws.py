@@ -36,7 +36,7 @@ def adapters(model: TinyModel) -> list[TinyAdapter]:
         model.adapter("r4", 4, ("q_proj", "v_proj", "o_proj"), seed=1),
         model.adapter("r8", 8, ATTENTION, seed=2, use_rslora=True),
         model.adapter("r16", 16, ATTENTION + MLP, seed=3),
-        model.adapter("mlp8", 8, MLP, seed=4, alpha=4.0),
+        model.adapter("mlp8", 8, MLP, seed=4, alpha=4),
     ]
 
 
@@ -197,7 +197,7 @@ def silent_hub() -> Iterator[tuple[str, threading.Event, threading.Event]]:
 
         do_HEAD = do_GET  # noqa: N815 (http.server's name)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (http.server's name)
             """Not to the test's output."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

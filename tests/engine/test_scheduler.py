@@ -212,7 +212,7 @@ def test_a_cold_adapter_is_served_under_a_saturating_hot_one(classes: dict[int, 
     """Law 7: with every slot kept busy, a cold request waits for ``max_overtakes`` admissions and one generation."""
     line = Line(slots=classes, rows=8, overtakes=5)
     hot = [adapter(f"hot{index}") for index in range(classes[4])]
-    waited = 0
+    waited = ahead = 0
     cold: Sequence | None = None
     for step in range(200):
         while len(line.scheduler.waiting) < 12:
