@@ -12,6 +12,24 @@ from safetensors.torch import save_file
 from adapter_store.layout import AdapterLayout
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {  # for a look at the benchmarks themselves on a CPU
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "llama-3-8b": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
