@@ -11,7 +11,7 @@ product, a prefill segment its own matrix product, and operands are copied where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,12 +22,24 @@ from kernels.lora_group import LoraGroup
 _ALIGNMENT = 64  # bytes: a cache line and the widest vector register
 
 
-class _Slot(NamedTuple):
-    """One live row or segment and where its adapter lies."""
+class _Adapter(NamedTuple):
+    """An adapter that the batch uses: where it lies, and the rows or segments that use it."""
 
-    row: int
     offset: int
     rank: int
+    rows: list[int]
+
+
+def _adapters(slot_table: Tensor, lora_indices: Tensor) -> list[_Adapter]:
+    """The adapters in use; only their entries of the table are read."""
+    rows: dict[int, list[int]] = {}
+    for row, index in enumerate(lora_indices.tolist()):
+        if index >= 0:
+            rows.setdefault(index, []).append(row)
+    if not rows:
+        return []
+    entries = slot_table[torch.tensor(list(rows), device=slot_table.device)].tolist()
+    return [_Adapter(offset, rank, own) for (offset, rank), own in zip(entries, rows.values(), strict=True)]
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -36,28 +48,31 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
-def _live_rows(slot_table: Tensor, lora_indices: Tensor) -> list[_Slot]:
-    """The rows that have an adapter, with its element offset and rank, without reading the whole table."""
-    indices = lora_indices.tolist()
-    rows = [row for row, index in enumerate(indices) if index >= 0]
-    if not rows:
-        return []
-    entries = slot_table[torch.tensor([indices[row] for row in rows], device=slot_table.device)].tolist()
-    return [_Slot(row, offset, rank) for row, (offset, rank) in zip(rows, entries, strict=True)]
+def _aligned_rows(tensor: Tensor) -> Tensor:
+    """``tensor`` in fp32 with every row (its last dimension) at a 64-byte boundary."""
+    step = _ALIGNMENT // 4
+    if tensor.dtype == torch.float32 and tensor.data_ptr() % _ALIGNMENT == 0 and tensor.stride(-1) == 1:
+        strides = tensor.stride()[:-1]
+        if all(stride % step == 0 for stride in strides):
+            return tensor
+    width = tensor.shape[-1]
+    padded = tensor.new_empty((*tensor.shape[:-1], -(-width // step) * step), dtype=torch.float32)
+    return padded[..., :width].copy_(tensor)
 
 
-def _a_matrix(arena: Tensor, slot: _Slot, group: LoraGroup) -> Tensor:
+def _a_matrix(arena: Tensor, adapter: _Adapter, group: LoraGroup) -> Tensor:
     """The A of every slice of ``group`` as one ``(slices * rank, in_features)`` fp32 matrix."""
-    start, rows = slot.offset + slot.rank * group.a_unit(0), group.slices * slot.rank
+    start, rows = adapter.offset + adapter.rank * group.a_unit(0), group.slices * adapter.rank
     return _aligned(arena[start : start + rows * group.in_features]).view(rows, group.in_features)
 
 
-def _b_matrices(arena: Tensor, slot: _Slot, group: LoraGroup) -> Iterator[tuple[int, slice, Tensor]]:
-    """For each slice: its index, its output columns and its B as an ``(out_features, rank)`` fp32 matrix."""
+def _b_matrices(arena: Tensor, adapter: _Adapter, group: LoraGroup) -> list[Tensor]:
+    """The B of each slice as an ``(out_features, rank)`` fp32 matrix."""
+    matrices = []
     for index, width in enumerate(group.out_features):
-        start, first = slot.offset + slot.rank * group.b_unit(index), group.out_start(index)
-        weight = _aligned(arena[start : start + width * slot.rank]).view(width, slot.rank)
-        yield index, slice(first, first + width), weight
+        start = adapter.offset + adapter.rank * group.b_unit(index)
+        matrices.append(_aligned(arena[start : start + width * adapter.rank]).view(width, adapter.rank))
+    return matrices
 
 
 def _put(target: Tensor, delta: Tensor, add: bool) -> None:
@@ -112,10 +127,12 @@ def bgmv_expand_slices(
 ) -> None:
     """LoRA B of a packed group, one row a token; see :func:`kernels.bgmv_expand.bgmv_expand_slices`."""
     del override_config
-    for slot in _live_rows(slot_table, lora_indices):
-        for index, columns, weight in _b_matrices(arena, slot, group):
-            hidden = _aligned(inputs[index, slot.row, : slot.rank])
-            _put(output[slot.row, columns], torch.mv(weight, hidden), add_inputs)
+    inputs, packed = _aligned_rows(inputs), output[:, : group.out_total]
+    for adapter in _adapters(slot_table, lora_indices):
+        matrices, hidden = _b_matrices(arena, adapter, group), inputs[:, :, : adapter.rank]
+        for row in adapter.rows:
+            deltas = [torch.mv(matrix, x) for matrix, x in zip(matrices, hidden.select(1, row).unbind(0), strict=True)]
+            _put(packed[row], deltas[0] if len(deltas) == 1 else torch.cat(deltas), add_inputs)
 
 
 def bgmv_shrink_slices(
@@ -129,9 +146,11 @@ def bgmv_shrink_slices(
 ) -> None:
     """LoRA A of a packed group, one row a token; see :func:`kernels.bgmv_shrink.bgmv_shrink_slices`."""
     del override_config
-    for slot in _live_rows(slot_table, lora_indices):
-        hidden = torch.mv(_a_matrix(arena, slot, group), _aligned(inputs[slot.row]))
-        output[:, slot.row, : slot.rank] = hidden.view(group.slices, slot.rank)
+    inputs = _aligned_rows(inputs)
+    for adapter in _adapters(slot_table, lora_indices):
+        matrix, own = _a_matrix(arena, adapter, group), output[:, :, : adapter.rank]
+        for row in adapter.rows:
+            own.select(1, row).copy_(torch.mv(matrix, inputs[row]).view(group.slices, adapter.rank))
 
 
 def sgmv_shrink(
@@ -147,10 +166,12 @@ def sgmv_shrink(
     """LoRA A of a packed group over segments of tokens; see :func:`kernels.sgmv.sgmv_shrink`."""
     del max_segment  # bounds the Triton kernel's grid
     starts = segment_starts.tolist()
-    for slot in _live_rows(slot_table, lora_indices):
-        tokens = slice(starts[slot.row], starts[slot.row + 1])
-        hidden = _aligned(inputs[tokens]) @ _a_matrix(arena, slot, group).T
-        output[:, tokens, : slot.rank] = hidden.view(-1, group.slices, slot.rank).transpose(0, 1)
+    for adapter in _adapters(slot_table, lora_indices):
+        matrix = _a_matrix(arena, adapter, group).T
+        for row in adapter.rows:
+            tokens = slice(starts[row], starts[row + 1])
+            hidden = _aligned(inputs[tokens]) @ matrix
+            output[:, tokens, : adapter.rank] = hidden.view(-1, group.slices, adapter.rank).transpose(0, 1)
 
 
 def sgmv_expand(
@@ -167,8 +188,10 @@ def sgmv_expand(
     """LoRA B of a packed group over segments of tokens; see :func:`kernels.sgmv.sgmv_expand`."""
     del max_segment
     starts = segment_starts.tolist()
-    for slot in _live_rows(slot_table, lora_indices):
-        tokens = slice(starts[slot.row], starts[slot.row + 1])
-        for index, columns, weight in _b_matrices(arena, slot, group):
-            hidden = _aligned(inputs[index, tokens, : slot.rank])
-            _put(output[tokens, columns], hidden @ weight.T, add_inputs)
+    for adapter in _adapters(slot_table, lora_indices):
+        matrices = _b_matrices(arena, adapter, group)
+        for row in adapter.rows:
+            tokens = slice(starts[row], starts[row + 1])
+            hidden = inputs[:, tokens, : adapter.rank].unbind(0)
+            deltas = [_aligned(x) @ matrix.T for matrix, x in zip(matrices, hidden, strict=True)]
+            _put(output[tokens, : group.out_total], torch.cat(deltas, dim=1), add_inputs)
