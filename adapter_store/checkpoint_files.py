@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from adapter_store.errors import AdapterRefused
 from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
@@ -19,10 +23,10 @@ PICKLE_REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """The bytes of adapter_config.json and adapter_model.safetensors."""
+    """adapter_config.json, and the bytes of adapter_model.safetensors as a 1-D uint8 tensor."""
 
     config: bytes
-    weights: bytes
+    weights: Tensor
 
     @classmethod
     def read(cls, folder: Path, name: str, max_weights_bytes: int | None = None) -> CheckpointFiles:
@@ -30,11 +34,11 @@ class CheckpointFiles:
         config = _read(folder / CONFIG_FILE, name, MAX_CONFIG_BYTES)
         if not (folder / WEIGHTS_FILE).is_file() and (folder / PICKLE_FILE).is_file():
             raise AdapterRefused(name, PICKLE_REMEDY)
-        return cls(config, _read(folder / WEIGHTS_FILE, name, max_weights_bytes))
+        return cls(config.numpy().tobytes(), _read(folder / WEIGHTS_FILE, name, max_weights_bytes))
 
     def digest(self) -> str:
         """The content's identity (``content_digest``), 64 hex digits."""
-        return content_digest(git_blob_sha1(self.config), hashlib.sha256(self.weights).hexdigest())
+        return content_digest(git_blob_sha1(self.config), hashlib.sha256(self.weights.numpy().data).hexdigest())
 
 
 def check_size(name: str, file: str, size: int, limit: int | None) -> None:
@@ -43,10 +47,16 @@ def check_size(name: str, file: str, size: int, limit: int | None) -> None:
         raise AdapterRefused(name, f"{file} has {size} bytes; at most {limit} can belong to an adapter served here")
 
 
-def _read(path: Path, name: str, limit: int | None) -> bytes:
+def _read(path: Path, name: str, limit: int | None) -> Tensor:
     try:
-        check_size(name, path.name, path.stat().st_size, limit)
-        return path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            check_size(name, path.name, size, limit)
+            data = torch.empty(size, dtype=torch.uint8)  # not bytearray, whose zeroing holds the interpreter lock
+            view, done = data.numpy().data, 0
+            while done < size and (count := file.readinto(view[done:])):
+                done += count
+            return data[:done]
     except FileNotFoundError:
         raise AdapterRefused(name, f"it has no {path.name}") from None
     except OSError as error:

@@ -134,7 +134,7 @@ class HubSource:
                 self._disk.remember_digest(_commit_key(pinned), digest)
         except OSError as error:
             raise AdapterUnavailable(name, f"it cannot be kept in cache_dir: {error.strerror or error}") from error
-        _log.info("fetched %s (%d bytes) in %.1f s", pinned, len(files.weights), time.monotonic() - started)
+        _log.info("fetched %s (%d bytes) in %.1f s", pinned, files.weights.numel(), time.monotonic() - started)
         return digest
 
     def _remember(self, ref: AdapterRef, answer: _Answer) -> None:

@@ -278,8 +278,8 @@ def test_configs_that_do_not_fit_their_tensors_or_us(
         ({f"{Q0}.lora_B.weight": torch.ones(24)}, ("(24,)", "(24, 4)")),
         ({f"{Q0}.lora_A.weight": torch.full((4, 24), float("nan"))}, ("lora_A", "q_proj", "NaN")),
         ({f"{Q0}.lora_B.weight": torch.full((24, 4), float("inf"))}, ("lora_B", "q_proj", "infinite")),
-        ({f"{Q0}.lora_A.weight": torch.ones(4, 24, dtype=torch.int8)}, ("q_proj", "torch.int8")),
-        ({f"{Q0}.lora_A.weight": torch.ones(4, 24, dtype=torch.float64)}, ("q_proj", "torch.float64")),
+        ({f"{Q0}.lora_A.weight": torch.ones(4, 24, dtype=torch.int8)}, ("q_proj", "'I8'")),
+        ({f"{Q0}.lora_A.weight": torch.ones(4, 24, dtype=torch.float64)}, ("q_proj", "'F64'")),
         ({f"{Q0}.lora_A.other.weight": torch.ones(4, 24)}, ("q_proj.lora_A", "twice")),
         ({f"{Q0}.lora_magnitude_vector": torch.ones(24)}, ("lora_magnitude_vector", "DoRA")),
         ({f"{Q0}.lora_B.bias": torch.ones(24)}, ("lora_B.bias", "biases")),
@@ -328,7 +328,7 @@ def test_truncated_weights(tmp_path: Path, cut: int) -> None:
     make_adapter(tmp_path)
     file = tmp_path / WEIGHTS_FILE
     file.write_bytes(file.read_bytes()[:cut])
-    refused(tmp_path, WEIGHTS_FILE, "truncated or corrupt")
+    refused(tmp_path, WEIGHTS_FILE, "cannot be read")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -410,12 +410,8 @@ def test_an_adapter_of_a_larger_model_is_refused_by_shape(tmp_path: Path) -> Non
 def test_hostile_patterns_are_cut_off(tmp_path: Path) -> None:
     make_adapter(tmp_path)
     started = time.monotonic()
-    for changes in (
-        {"target_modules": r"(?:(?:\w+\.?)+)+!"},
-        {"rank_pattern": {r"((.*)*)*!": 4}},
-    ):
-        edit_config(tmp_path, **({"target_modules": ["q_proj", "v_proj"], "rank_pattern": {}} | changes))
-        refused(tmp_path, "took over")
+    edit_config(tmp_path, target_modules=r"(?:(?:\w+\.?)+)+!", rank_pattern={r"((.*)*)*!": 4})
+    refused(tmp_path, "took over")
     edit_config(tmp_path, target_modules=["q_proj", "v_proj"], rank_pattern={f"a{i}": 4 for i in range(5000)})
     refused(tmp_path, "5000 patterns")
     assert time.monotonic() - started < 30
