@@ -213,7 +213,7 @@ def test_a_draw_depends_on_seed_position_and_logits_only(device: torch.device) -
     }
     together = draw(logits, **columns)
     for picked in ([3], [5], [11, 2, 7], [8, 8, 1, 0]):
-        part = {name: [values[row] for row in picked] for name, values in columns.items()}
+        part: dict[str, Any] = {name: [values[row] for row in picked] for name, values in columns.items()}
         assert torch.equal(draw(logits[picked], **part), together[picked])
     assert torch.equal(draw(logits.cpu(), **columns), together.cpu())
     assert torch.equal(draw(logits, **columns, parameters_on=torch.device("cpu")), together)
