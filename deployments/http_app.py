@@ -79,6 +79,13 @@ class EventStream(StreamingResponse):
         self._events = _event_stream(generation, body)
         super().__init__(self._events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
 
+    async def listen_for_disconnect(self, receive: Receive) -> None:
+        """Serve breaks ``receive`` when the client goes away: that is a disconnect, not a failure of ours."""
+        try:
+            await super().listen_for_disconnect(receive)
+        except Exception as error:
+            logger.debug("the client is gone: %r", error)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)

@@ -16,7 +16,7 @@ from deployments import wire
 from deployments.pacing import StreamPacing, paced, together
 from deployments.residency import ReplicaNews, short_key
 from deployments.residency_feed import HUB_NAME, ResidencyPublisher
-from deployments.settings import FleetSettings, ReplicaSection
+from deployments.settings import FleetSettings
 from engine.engine import Engine
 from engine.request import EngineDead, EngineOverloaded, GenerationRequest
 
@@ -27,7 +27,7 @@ class LoraReplica:
     async def __init__(self, settings: dict[str, Any]) -> None:
         parsed = FleetSettings.model_validate(settings)
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._pacing = _pacing(parsed.replicas)
+        self._pacing = StreamPacing(parsed.replicas.stream_items_per_s, parsed.replicas.stream_max_delay_s)
         engine_settings = parsed.engine_settings()
         self._capacity = engine_settings.max_rows + engine_settings.max_waiting
         self._streams = 0
@@ -73,13 +73,7 @@ class LoraReplica:
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """``user_config`` changes the pacing of streams without a restart: ``stream_items_per_s`` and
         ``stream_max_delay_s``. Raises ValueError for anything else."""
-        if not user_config:
-            return
-        known = {"stream_items_per_s", "stream_max_delay_s"}
-        if unknown := sorted(set(user_config) - known):
-            raise ValueError(f"user_config: {', '.join(unknown)} cannot change while running; only {sorted(known)} can")
-        values = {"stream_items_per_s": self._pacing.items_per_s, "stream_max_delay_s": self._pacing.max_delay_s}
-        self._pacing = _pacing(ReplicaSection(**{**values, **user_config}))
+        self._pacing = self._pacing.changed(user_config or {})
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve once; routers learn here where to listen for residency news."""
@@ -119,7 +113,3 @@ class LoraReplica:
             self._saturated,
             self._draining,
         )
-
-
-def _pacing(section: ReplicaSection) -> StreamPacing:
-    return StreamPacing(section.stream_items_per_s, section.stream_max_delay_s)

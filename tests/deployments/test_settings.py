@@ -1,0 +1,115 @@
+"""The arguments of serve_config.yaml: what is accepted, what is refused and how, what "auto" means."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deployments.app import build
+from deployments.pacing import StreamPacing, paced, together
+from deployments.settings import FleetSettings, app_root
+from engine.request import GenerationChunk
+
+ROOT = Path(__file__).parents[2]
+CONFIG = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]
+
+
+def settings(**changes):
+    return FleetSettings.model_validate({"model": "examples/demo/model"} | changes)
+
+
+def test_the_shipped_configuration_builds_the_application():
+    assert CONFIG["import_path"] == "deployments.app:build" and CONFIG["route_prefix"] == "/"
+    parsed = FleetSettings.model_validate(CONFIG["args"])
+    assert parsed.replicas.num_replicas == 2
+    assert parsed.model_folder() == ROOT / "examples" / "demo" / "model"
+    assert parsed.engine_settings().model_name == parsed.base_model_name == "lorafleet-demo"
+    assert build(parsed) is not None
+    # It crosses process borders as plain JSON.
+    assert FleetSettings.model_validate(parsed.model_dump(mode="json")) == parsed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modle": "x"}, "modle"),
+        ({"engine": {"max_row": 4}}, "engine.max_row"),
+        ({"engine": {"max_rows": "many"}}, "engine.max_rows"),
+        ({"engine": {"max_rows": 0}}, "engine: max_rows is 0"),
+        ({"engine": {"slots": {16: 0}}}, "engine: slots"),
+        ({"store": {"hub_retries": 99}}, "store: hub_retries is 99"),
+        ({"adapters": {"a": "s3:x"}}, "store: adapters['a']"),
+        ({"allow": ["acme/*"]}, "store: allow"),
+        ({"routing": {"spread_load": 0}}, "routing: spread_load is 0"),
+        ({"replicas": {"num_replicas": 0}}, "replicas.num_replicas"),
+        ({"replicas": {"num_gpus": 1.5}}, "replicas: num_gpus is 1.5"),
+        ({"replicas": {"num_gpus": "all"}}, "replicas.num_gpus"),
+        ({"gateway": {"threads": "x"}}, "gateway.threads"),
+    ],
+)
+def test_a_mistake_is_refused_by_name(changes, said):
+    with pytest.raises(ValidationError) as caught:
+        settings(**changes)
+    assert said in str(caught.value)
+
+
+def test_the_model_is_required():
+    with pytest.raises(ValidationError, match="model"):
+        FleetSettings.model_validate({})
+
+
+@pytest.mark.parametrize(("gpus", "expected", "device"), [(0, 0.0, "cpu"), (8, 1.0, "cuda")])
+def test_auto_is_one_gpu_where_the_cluster_has_any(gpus, expected, device):
+    resolved = settings().resolved(gpus)
+    assert resolved.replicas.num_gpus == expected
+    assert resolved.engine_settings().device == device
+
+
+def test_a_number_of_gpus_and_a_device_are_taken_as_they_are():
+    assert settings(replicas={"num_gpus": 0.5}).resolved(8).replicas.num_gpus == 0.5
+    assert settings(replicas={"num_gpus": 0}).resolved(8).engine_settings().device == "cpu"
+    assert settings(engine={"device": "cpu"}).resolved(8).engine_settings().device == "cpu"
+
+
+def test_relative_paths_are_taken_from_the_application_not_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert app_root() == ROOT
+    assert settings().model_folder() == ROOT / "examples/demo/model"
+    assert settings(model="/models/x").model_folder() == Path("/models/x")
+    assert settings().store_settings().root == ROOT
+
+
+def test_pacing_spaces_items_by_open_streams_up_to_the_longest_delay():
+    pacing = StreamPacing(items_per_s=1000, max_delay_s=0.1)
+    assert pacing.delay_s(1) == 0.001 and pacing.delay_s(50) == 0.05 and pacing.delay_s(1000) == 0.1
+
+
+def test_pacing_is_changed_live_and_only_pacing():
+    pacing = StreamPacing(1000, 0.1)
+    assert pacing.changed({"stream_items_per_s": 50}) == StreamPacing(50, 0.1)
+    assert pacing.changed({}) == pacing
+    with pytest.raises(ValueError, match="max_rows"):
+        pacing.changed({"max_rows": 3})
+    with pytest.raises(ValueError, match="stream_items_per_s"):
+        pacing.changed({"stream_items_per_s": 0})
+
+
+async def test_a_paced_stream_is_read_slowly_and_ends_without_delay():
+    taken = []
+
+    async def source():
+        for i in range(3):
+            taken.append(asyncio.get_running_loop().time())
+            yield GenerationChunk("r", str(i), (i,), 1, i + 1, finish_reason="stop" if i == 2 else None)
+
+    started = asyncio.get_running_loop().time()
+    texts = [chunk.text async for chunk in paced(source(), lambda: 0.05)]
+    ended = asyncio.get_running_loop().time()
+    assert texts == ["0", "1", "2"]
+    assert taken[1] - taken[0] >= 0.045 and taken[2] - taken[1] >= 0.045
+    assert ended - taken[2] < 0.045 and taken[0] - started < 0.045
+    assert [chunk.text async for chunk in together(source())] == ["012"]
