@@ -15,10 +15,8 @@ from adapter_store.store import AdapterStore
 from engine.kv_pages import PagePool
 from engine.lora_targets import adapter_layout
 from engine.model import DecoderModel
-from engine.request import GenerationRequest, SamplingParams
+from engine.rehearsal import rehearse
 from engine.runner import Runner
-from engine.scheduler import PlannedRow, StepPlan
-from engine.sequence import Sequence
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
 from engine.tokenizer import Tokenizer
@@ -73,7 +71,7 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     slots, store = _adapters(settings, spec, dtype, device, on_residency)
     runner, activation_bytes = Runner(model, model.new_kv_cache(1, settings.page_size), slots), 0
     if device.type == "cuda":
-        activation_bytes = _rehearse(runner, settings, max_model_len)
+        activation_bytes = _step_bytes(runner, settings, max_model_len)
     num_pages = _num_pages(settings, model, max_model_len, activation_bytes)
     runner.kv = model.new_kv_cache(num_pages, settings.page_size)
     pages = PagePool(num_pages, settings.page_size, runner.poison if settings.poison else None)
@@ -175,30 +173,13 @@ def _num_pages(settings: EngineSettings, model: DecoderModel, max_model_len: int
     return pages
 
 
-def _rehearse(runner: Runner, settings: EngineSettings, max_model_len: int) -> int:
-    """Run the largest prefill and decode steps once, on pages of no consequence, and return the memory they took.
-
-    This also compiles the kernels, so that the first request does not wait for it.
-    """
+def _step_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) -> int:
+    """Most GPU memory that a step takes beside weights, slots and KV cache; compiles the kernels on the way."""
     device = runner.model.device
-    rows = max(settings.max_rows, -(-settings.max_batch_tokens // max_model_len))
-    length = max(min(settings.max_batch_tokens // rows, max_model_len - 1), 1)
-    runner.kv = runner.model.new_kv_cache(-(-(length + 1) // settings.page_size), settings.page_size)
-    pages = list(range(runner.kv.keys[0].shape[0]))
-    sampling = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1)
-    sequences = [
-        Sequence(GenerationRequest(f"rehearsal-{row}", (0,) * length, sampling), row, length + 1, seed=row, pages=pages)
-        for row in range(rows)
-    ]
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    runner.run(StepPlan(tuple(PlannedRow(one, 0, length, samples=True) for one in sequences), 0), always_lora=True)
-    decode = sequences[: settings.max_rows]
-    for one in decode:
-        one.tokens.append(0)
-    rows_of_one = tuple(PlannedRow(one, length, length + 1, samples=True) for one in decode)
-    runner.run(StepPlan(rows_of_one, len(decode)), always_lora=True)
+    rehearse(runner, settings, max_model_len)
     return torch.cuda.max_memory_allocated(device) - before
 
 
