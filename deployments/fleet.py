@@ -72,7 +72,7 @@ class Fleet:
                     raise
                 if started:
                     raise ReplicaLost("the replica that ran this request died", started=True) from error
-                if attempt == RETRIES:
+                if attempt == RETRIES or len(set(avoid)) < len(avoid):  # or there is no other replica to try
                     if isinstance(error, EngineOverloaded):
                         raise
                     raise ReplicaLost("no replica answered: try again in a moment", started=False) from error

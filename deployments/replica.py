@@ -56,6 +56,9 @@ class LoraReplica:
                     yield wire.encode_chunk(chunk)
         except wire.REFUSALS as error:
             self._watch_queue(full=isinstance(error, EngineOverloaded))
+            if isinstance(error, EngineDead) and not self._draining:
+                self._draining = True  # until Serve has replaced this replica
+                self._publish()
             yield wire.encode_error(error, self._name)
         finally:
             self._streams -= 1

@@ -84,7 +84,9 @@ class GatewaySection(_LimitsSection):
 class ReplicaSection(_Section):
     """How the LoraReplica deployment runs.
 
-    num_gpus: GPUs of one replica, fractions allowed; "auto" is 1 where the cluster has GPUs, else 0.
+    num_gpus: GPUs of one replica, fractions allowed; "auto" is 1 where the cluster has GPUs, an equal share where it
+    has fewer than replicas, and 0 where it has none. Replicas that share a GPU share its memory: each takes its part
+    of ``engine.kv_memory_fraction``.
     max_queued_requests: requests one gateway keeps while every replica is full or none is up; more get a 503.
     stream_items_per_s: stream items a replica sends at most, over all its streams; tokens that come faster are
     sent together. stream_max_delay_s: longest a token is held back for that. graceful_shutdown_timeout_s: how
@@ -143,7 +145,7 @@ class FleetSettings(_Section):
         """These settings with "auto" decided for a cluster with this many GPUs."""
         if self.replicas.num_gpus != "auto":
             return self
-        gpus = 1.0 if cluster_gpus > 0 else 0.0
+        gpus = min(1.0, cluster_gpus / self.replicas.num_replicas)
         return self.model_copy(update={"replicas": self.replicas.model_copy(update={"num_gpus": gpus})})
 
     @property
@@ -168,8 +170,12 @@ class FleetSettings(_Section):
         """For one replica, on this machine. A replica without a GPU of its own stays off every GPU."""
         values = self.engine.model_dump()
         values["model_name"] = values["model_name"] or self.model_name
-        if values["device"] == "auto" and self.replicas.num_gpus != "auto":
-            values["device"] = "cuda" if self.replicas.num_gpus > 0 else "cpu"
+        gpus = self.replicas.num_gpus
+        if gpus != "auto":
+            if values["device"] == "auto":
+                values["device"] = "cuda" if gpus > 0 else "cpu"
+            if 0 < gpus < 1:
+                values["kv_memory_fraction"] *= gpus
         return EngineSettings(model=str(self.model_folder()), store=self.store_settings(), **values)
 
     def max_model_len(self) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
-from engine.request import EngineOverloaded, GenerationChunk, GenerationFailed, InvalidRequest
+from engine.request import EngineDead, EngineOverloaded, GenerationChunk, GenerationFailed, InvalidRequest
 
-REFUSALS = (InvalidRequest, EngineOverloaded, GenerationFailed, AdapterError)
-_PLAIN_ERRORS = {kind.__name__: kind for kind in (EngineOverloaded, GenerationFailed)}
+REFUSALS = (InvalidRequest, EngineOverloaded, EngineDead, GenerationFailed, AdapterError)
+_PLAIN_ERRORS = {kind.__name__: kind for kind in (EngineOverloaded, EngineDead, GenerationFailed)}
 _ADAPTER_ERRORS = {
     kind.__name__: kind for kind in (AdapterNotFound, AdapterRefused, AdapterUnavailable, AdapterChanged)
 }

@@ -106,10 +106,21 @@ async def test_a_full_replica_is_avoided_in_the_next_try():
     handle = Handle([refusal(full, "r1")], [refusal(full, "r2")], [LAST])
     assert await collect(handle) == [LAST]
     assert [avoid for _, avoid in handle.calls] == [(), ("r1",), ("r1", "r2")]
+    only_one = Handle(*[[refusal(full)]] * 3)
     with pytest.raises(EngineOverloaded):
-        await collect(Handle(*[[refusal(full)]] * 3))
+        await collect(only_one)
+    assert len(only_one.calls) == 2  # asked again and met by the same replica: there is no other
     with pytest.raises(EngineOverloaded):
         await collect(Handle(*[[BackPressureError(1, 1)]] * 3))
+
+
+async def test_a_replica_with_a_dead_engine_is_avoided():
+    handle = Handle([refusal(EngineDead("stopped"), "r1")], [LAST])
+    assert await collect(handle) == [LAST]
+    assert handle.calls[1][1] == ("r1",)
+    with pytest.raises(ReplicaLost) as caught:
+        await collect(Handle([PIECE, refusal(EngineDead("stopped"))]))
+    assert caught.value.started
 
 
 async def test_refusals_are_told_at_once_under_the_clients_name():

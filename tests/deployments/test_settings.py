@@ -62,11 +62,16 @@ def test_the_model_is_required():
         FleetSettings.model_validate({})
 
 
-@pytest.mark.parametrize(("gpus", "expected", "device"), [(0, 0.0, "cpu"), (8, 1.0, "cuda")])
-def test_auto_is_one_gpu_where_the_cluster_has_any(gpus, expected, device):
-    resolved = settings().resolved(gpus)
+@pytest.mark.parametrize(
+    ("gpus", "replicas", "expected", "device"),
+    [(0, 2, 0.0, "cpu"), (8, 2, 1.0, "cuda"), (2, 2, 1.0, "cuda"), (1, 2, 0.5, "cuda"), (1, 1, 1.0, "cuda")],
+)
+def test_auto_is_one_gpu_where_the_cluster_has_enough_and_a_share_where_not(gpus, replicas, expected, device):
+    resolved = settings(replicas={"num_replicas": replicas}, engine={"kv_memory_fraction": 0.8}).resolved(gpus)
     assert resolved.replicas.num_gpus == expected
-    assert resolved.engine_settings().device == device
+    engine = resolved.engine_settings()
+    assert engine.device == device
+    assert engine.kv_memory_fraction == pytest.approx(0.8 * (expected or 1.0))
 
 
 def test_a_number_of_gpus_and_a_device_are_taken_as_they_are():
