@@ -146,7 +146,7 @@ def _bgmv_expand_kernel(
         target_ptr += BLOCK_N * cn_stride
 
 
-@jit
+@jit(do_not_specialize=["b_unit"])  # it changes with the layer: compile once
 def _bgmv_expand_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
     b_unit, n0, n1, n2, n3, x_slice_stride, x_row_stride, out_row_stride,

@@ -119,7 +119,7 @@ def _bgmv_shrink_kernel(
     tl.store(out_ptr + row * cm_stride + first + n, tl.sum(products, 1) * scaling, mask=n < N - first)
 
 
-@jit
+@jit(do_not_specialize=["a_unit"])  # it changes with the layer: compile once
 def _bgmv_shrink_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
     a_unit, K, SLICES, x_row_stride, out_slice_stride, out_row_stride,

@@ -7,6 +7,7 @@ twins run. Kernels are decorated with :func:`jit`, which is ``triton.jit`` where
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,9 +25,11 @@ except ImportError:  # no Triton wheel for this platform
 __all__ = ["HAS_TRITON", "interpreter_on", "jit", "launchable", "tl", "triton", "use_triton"]
 
 
-def jit(function: Any) -> Any:
-    """``triton.jit``; without Triton the plain function, which is then never launched."""
-    return triton.jit(function) if HAS_TRITON else function
+def jit(function: Any = None, **options: Any) -> Any:
+    """``triton.jit``, plain or with options; without Triton the function itself, which is then never launched."""
+    if function is None:
+        return partial(jit, **options)
+    return triton.jit(function, **options) if HAS_TRITON else function
 
 
 def interpreter_on() -> bool:

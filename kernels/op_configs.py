@@ -116,7 +116,7 @@ def default_config(op: str, hidden: int, rank: int) -> dict[str, int]:
     - shrink: one or two rank rows a program, so that rank 16 of a single row spreads over many; long inputs take
       one row and more warps (down, 14336 wide: 3.6/6.0/8.5/12.9 against 4.7/6.8/8.9/13.1). q|k|v: 2.5/4.3/7.0/11.6.
     - sgmv: ranks are small, so the narrowest tile that the tensor cores take (16) for the rank and long steps over
-      the input, three stages deep, which fit 100 KB of shared memory also in fp32. Expand at 1x128/8x128/1x2048
+      the input, three stages deep, in 37 KB of shared memory (fp32 takes half the step). Expand at 1x128/8x128/1x2048
       tokens: q|k|v 5.0/13.0/24.4, gate|up 9.5/73/135 (64-wide tiles 9.8/80/150).
     """
     width = _power_of_two(rank)

@@ -121,7 +121,7 @@ def _dot(x, weight, total, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(x, weight, total, input_precision=PRECISION)
 
 
-@jit
+@jit(do_not_specialize=["a_unit", "token_tiles"])  # they change with layer and batch: compile once
 def _sgmv_shrink_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, segment_starts_ptr, lora_indices_ptr,
     a_unit, K, SLICES, token_tiles, x_row_stride, out_slice_stride, out_row_stride,
@@ -162,7 +162,7 @@ def _sgmv_shrink_kernel(
     tl.store(target, total, mask=(m < tokens)[:, None] & (n < count)[None, :])
 
 
-@jit
+@jit(do_not_specialize=["b_unit", "token_tiles"])
 def _sgmv_expand_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, segment_starts_ptr, lora_indices_ptr,
     b_unit, n0, n1, n2, n3, token_tiles, x_slice_stride, x_row_stride, out_row_stride,
@@ -318,7 +318,11 @@ def _shrink(
     segments = lora_indices.shape[0]
     if segments == 0 or max_segment == 0:
         return
+    # Triton's interpreter multiplies the bit patterns of bf16 operands of a dot.
+    widen = inputs.dtype != arena.dtype or (arena.dtype == torch.bfloat16 and interpreter_on())
     launch = get_lora_op_configs("sgmv_shrink", inputs.shape[0], in_features, rank=max_rank)
+    if widen or arena.dtype == torch.float32:
+        launch["BLOCK_K"] = max(launch["BLOCK_K"] // 2, 16)  # configurations are for 16 bits: keep a step's bytes
     token_tiles = triton.cdiv(max_segment, launch["BLOCK_M"])
     grid = (token_tiles * triton.cdiv(slices * max_rank, launch["BLOCK_N"]), segments)
     with torch.cuda.device_of(inputs):
@@ -331,8 +335,7 @@ def _shrink(
             inputs.stride(0),
             output.stride(0),
             output.stride(1),
-            # Triton's interpreter multiplies the bit patterns of bf16 operands of a dot.
-            WIDEN=inputs.dtype != arena.dtype or (arena.dtype == torch.bfloat16 and interpreter_on()),
+            WIDEN=widen,
             PRECISION="ieee",  # matters for fp32 alone
             **launch,
         )
