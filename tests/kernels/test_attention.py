@@ -37,6 +37,18 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     return attention if request.param == "kernel" else reference_attention
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What one case of either function fixes beside its rows."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int = 16
+    dtype: torch.dtype = FP32
+    window: int = 0
+
+
 @dataclass
 class Cache:
     """Rows of random keys and values, scattered over pages in random order."""
@@ -47,30 +59,21 @@ class Cache:
     context_lens: Tensor
     dense_keys: list[Tensor]  # per row (context, kv_heads, head_dim) float64
     dense_values: list[Tensor]
-    first_seen: list[int]
 
     @classmethod
-    def make(
-        cls,
-        device: torch.device,
-        lens: Sequence[int],
-        kv_heads: int,
-        head_dim: int,
-        page_size: int = 16,
-        dtype: torch.dtype = FP32,
-        first_seen: Sequence[int] | None = None,
-        spare_entries: int = 1,
-    ) -> Cache:
+    def make(cls, device: torch.device, lens: Sequence[int], shape: Shape, first_seen: Sequence[int] = ()) -> Cache:
+        """Positions before a row's ``first_seen`` are left out, as if their pages had been freed."""
+        page_size, dtype = shape.page_size, shape.dtype
         counts = [-(-n // page_size) for n in lens]
         pages = sum(counts) + 2
         # Keys and values of a page lie side by side, so the caches are views with a wide page stride.
-        both = torch.full((pages, 2, page_size, kv_heads, head_dim), torch.nan, dtype=dtype)
+        both = torch.full((pages, 2, page_size, shape.kv_heads, shape.head_dim), torch.nan, dtype=dtype)
         order = (torch.randperm(pages - 2) + 1).tolist()
-        table = torch.full((len(lens), max(counts, default=0) + spare_entries), NOWHERE, dtype=torch.int32)
+        table = torch.full((len(lens), max(counts, default=0) + 1), NOWHERE, dtype=torch.int32)
         dense: list[Tensor] = []
-        seen = list(first_seen) if first_seen is not None else [0] * len(lens)
+        seen = first_seen or [0] * len(lens)
         for row, length in enumerate(lens):
-            content = torch.randn(length, 2, kv_heads, head_dim).to(dtype)
+            content = torch.randn(length, 2, shape.kv_heads, shape.head_dim).to(dtype)
             for position in range(seen[row], length):
                 page = order[sum(counts[:row]) + position // page_size]
                 table[row, position // page_size] = page
@@ -84,13 +87,14 @@ class Cache:
             torch.tensor(lens, dtype=torch.int32, device=device),
             [content[:, 0] for content in dense],
             [content[:, 1] for content in dense],
-            seen,
         )
 
 
-def packed_queries(device: torch.device, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
+def packed_queries(device: torch.device, tokens: int, shape: Shape) -> Tensor:
     """Queries as the model holds them: a strided view into packed q|k|v rows, NaN beside them."""
-    qkv = torch.full((tokens, (heads + 2 * kv_heads) * head_dim), torch.nan, dtype=dtype, device=device)
+    heads, head_dim = shape.heads, shape.head_dim
+    width = (heads + 2 * shape.kv_heads) * head_dim
+    qkv = torch.full((tokens, width), torch.nan, dtype=shape.dtype, device=device)
     qkv[:, : heads * head_dim] = torch.randn(tokens, heads * head_dim).to(device)
     return qkv[:, : heads * head_dim].unflatten(1, (heads, head_dim))
 
@@ -124,23 +128,15 @@ def assert_close(got: Tensor, exact: Tensor, magnitude: Tensor) -> None:
 
 
 def check_decode(
-    module: ModuleType,
-    device: torch.device,
-    lens: Sequence[int],
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    window: int,
-    splits: int | None,
+    module: ModuleType, device: torch.device, lens: Sequence[int], shape: Shape, splits: int | None
 ) -> None:
+    window = shape.window
     first_seen = [max(0, n - window) if window else 0 for n in lens]
-    cache = Cache.make(device, lens, kv_heads, head_dim, page_size, dtype, first_seen)
-    q = packed_queries(device, len(lens), heads, kv_heads, head_dim, dtype)
+    cache = Cache.make(device, lens, shape, first_seen)
+    q = packed_queries(device, len(lens), shape)
     q[[row for row, length in enumerate(lens) if length == 0]] = torch.nan
     out, memory = guarded_output(q)
-    scale = head_dim**-0.5
+    scale = shape.head_dim**-0.5
     module.paged_decode(q, cache.keys, cache.values, cache.page_table, cache.context_lens, out, scale, window, splits)
     for row, length in enumerate(lens):
         if length == 0:
@@ -153,25 +149,17 @@ def check_decode(
 
 
 def check_prefill(
-    module: ModuleType,
-    device: torch.device,
-    prefixes: Sequence[int],
-    chunks: Sequence[int],
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    window: int,
+    module: ModuleType, device: torch.device, prefixes: Sequence[int], chunks: Sequence[int], shape: Shape
 ) -> None:
+    window = shape.window
     lens = [prefix + chunk for prefix, chunk in zip(prefixes, chunks, strict=True)]
     first_seen = [max(0, prefix - window + 1) if window else 0 for prefix in prefixes]
-    cache = Cache.make(device, lens, kv_heads, head_dim, page_size, dtype, first_seen)
+    cache = Cache.make(device, lens, shape, first_seen)
     starts = list(accumulate(chunks, initial=2))  # two tokens of no row before, three after
-    q = packed_queries(device, starts[-1] + 3, heads, kv_heads, head_dim, dtype)
+    q = packed_queries(device, starts[-1] + 3, shape)
     q[:2] = q[-3:] = torch.nan
     out, memory = guarded_output(q)
-    scale = head_dim**-0.5
+    scale = shape.head_dim**-0.5
     module.paged_prefill(
         q,
         cache.keys,
@@ -194,126 +182,89 @@ def check_prefill(
         assert (guard == GUARD).all()
 
 
-SHAPES = [  # heads, kv_heads, head_dim, page_size, dtype, window
-    pytest.param(2, 2, 32, 16, FP32, 0, id="group1"),
-    pytest.param(6, 2, 64, 32, BF16, 0, id="group3"),
-    pytest.param(4, 1, 128, 16, BF16, 0, id="group4"),
-    pytest.param(14, 2, 64, 16, FP16, 20, id="group7-window"),
-    pytest.param(8, 1, 80, 16, FP32, 0, id="group8-dim80"),
-    pytest.param(7, 1, 80, 32, BF16, 33, id="group7-dim80-window"),
-    pytest.param(3, 1, 128, 16, FP32, 1, id="group3-window1"),
-    pytest.param(20, 1, 16, 16, FP16, 0, id="group20-dim16"),
+SHAPES = [
+    pytest.param(Shape(2, 2, 32), id="group1"),
+    pytest.param(Shape(6, 2, 64, 32, BF16), id="group3"),
+    pytest.param(Shape(4, 1, 128, 16, BF16), id="group4"),
+    pytest.param(Shape(14, 2, 64, 16, FP16, window=20), id="group7-window"),
+    pytest.param(Shape(8, 1, 80), id="group8-dim80"),
+    pytest.param(Shape(7, 1, 80, 32, BF16, window=33), id="group7-dim80-window"),
+    pytest.param(Shape(3, 1, 128, window=1), id="group3-window1"),
+    pytest.param(Shape(20, 1, 16, 16, FP16), id="group20-dim16"),
 ]
 
 
 @pytest.mark.parametrize("splits", [1, 4, 16, None])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size", "dtype", "window"), SHAPES)
-def test_decode(
-    module: ModuleType,
-    device: torch.device,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    window: int,
-    splits: int | None,
-) -> None:
-    lens = [18, 0, 1, 101]
-    check_decode(module, device, lens, heads, kv_heads, head_dim, page_size, dtype, window, splits)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode(module: ModuleType, device: torch.device, shape: Shape, splits: int | None) -> None:
+    check_decode(module, device, [18, 0, 1, 101], shape, splits)
 
 
 @pytest.mark.parametrize("splits", [3, None])
 def test_decode_over_many_splits(module: ModuleType, device: torch.device, splits: int | None) -> None:
     """Lengths at the edges of the default pieces of 256 keys, and a number of splits that is no power of two."""
-    check_decode(module, device, [256, 257, 0, 600], 4, 2, 32, 16, FP32, 0, splits)
-
-
-def test_decode_window_over_many_splits(module: ModuleType, device: torch.device) -> None:
-    check_decode(module, device, [700, 290, 40], 2, 1, 32, 16, FP32, 300, None)
+    check_decode(module, device, [256, 257, 0, 600], Shape(4, 2, 32), splits)
+    check_decode(module, device, [700, 290, 40], Shape(2, 1, 32, window=300), splits)
 
 
 def test_decode_of_256_dimensions(module: ModuleType, device: torch.device) -> None:
-    check_decode(module, device, [40, 3], 2, 1, 256, 16, BF16, 0, 2)
+    check_decode(module, device, [40, 3], Shape(2, 1, 256, 16, BF16), 2)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size", "dtype", "window"), SHAPES)
-def test_prefill(
-    module: ModuleType,
-    device: torch.device,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    window: int,
-) -> None:
-    check_prefill(
-        module, device, [0, 1, 17, 100, 5], [70, 1, 33, 12, 0], heads, kv_heads, head_dim, page_size, dtype, window
-    )
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prefill(module: ModuleType, device: torch.device, shape: Shape) -> None:
+    check_prefill(module, device, [0, 1, 17, 100, 5], [70, 1, 33, 12, 0], shape)
 
 
 def test_prefill_of_256_dimensions(module: ModuleType, device: torch.device) -> None:
-    check_prefill(module, device, [9, 0], [2, 34], 2, 1, 256, 16, BF16, 0)
+    check_prefill(module, device, [9, 0], [2, 34], Shape(2, 1, 256, 16, BF16))
 
 
 def test_prefill_of_a_long_chunk(device: torch.device) -> None:
     """More queries than the twin's block, so that a window also cuts keys between its blocks."""
-    check_prefill(reference_attention, device, [300], [600], 2, 1, 16, 16, FP32, 120)
+    check_prefill(reference_attention, device, [300], [600], Shape(2, 1, 16, window=120))
 
 
-LENGTHS = st.lists(st.integers(0, 140), min_size=1, max_size=4)
-COMMON = {
-    "group": st.integers(1, 8),
-    "kv_heads": st.integers(1, 2),
-    "head_dim": st.sampled_from([32, 64, 80]),
-    "page_size": st.sampled_from([16, 32]),
-    "dtype": st.sampled_from([FP32, BF16, FP16]),
-    "window": st.sampled_from([0, 0, 25]),
-}
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    kv_heads = draw(st.integers(1, 2))
+    return Shape(
+        kv_heads * draw(st.integers(1, 8)),
+        kv_heads,
+        draw(st.sampled_from([32, 64, 80])),
+        draw(st.sampled_from([16, 32])),
+        draw(st.sampled_from([FP32, BF16, FP16])),
+        draw(st.sampled_from([0, 25])),
+    )
+
+
+CHUNKS = st.lists(st.tuples(st.integers(0, 110), st.integers(1, 70)), min_size=1, max_size=3)
 DRAWN = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @DRAWN
-@given(lens=LENGTHS, splits=st.sampled_from([None, 2, 16]), **COMMON)
+@given(
+    lens=st.lists(st.integers(0, 140), min_size=1, max_size=4), splits=st.sampled_from([None, 2, 16]), shape=shapes()
+)
 def test_decode_drawn(
-    module: ModuleType,
-    device: torch.device,
-    lens: list[int],
-    splits: int | None,
-    group: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    window: int,
+    module: ModuleType, device: torch.device, lens: list[int], splits: int | None, shape: Shape
 ) -> None:
-    check_decode(module, device, lens, group * kv_heads, kv_heads, head_dim, page_size, dtype, window, splits)
+    check_decode(module, device, lens, shape, splits)
 
 
 @DRAWN
-@given(rows=st.lists(st.tuples(st.integers(0, 110), st.integers(1, 70)), min_size=1, max_size=3), **COMMON)
-def test_prefill_drawn(
-    module: ModuleType,
-    device: torch.device,
-    rows: list[tuple[int, int]],
-    group: int,
-    kv_heads: int,
-    head_dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    window: int,
-) -> None:
+@given(rows=CHUNKS, shape=shapes())
+def test_prefill_drawn(module: ModuleType, device: torch.device, rows: list[tuple[int, int]], shape: Shape) -> None:
     prefixes, chunks = zip(*rows, strict=True)
-    check_prefill(module, device, prefixes, chunks, group * kv_heads, kv_heads, head_dim, page_size, dtype, window)
+    check_prefill(module, device, prefixes, chunks, shape)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_decode_row_does_not_depend_on_the_batch(module: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
     """Bit for bit: alone, in other places of other batches, and under page tables of other widths."""
-    lens = [300, 5, 0, 77, 530]
-    cache = Cache.make(device, lens, 2, 64, dtype=dtype)
-    q = packed_queries(device, len(lens), 6, 2, 64, dtype)
+    lens, shape = [300, 5, 0, 77, 530], Shape(6, 2, 64, dtype=dtype)
+    cache = Cache.make(device, lens, shape)
+    q = packed_queries(device, len(lens), shape)
 
     def decode(rows: list[int], width: int) -> Tensor:
         table = torch.full((len(rows), width), NOWHERE, dtype=torch.int32, device=device)
@@ -335,14 +286,13 @@ def test_default_splits_are_a_matter_of_capacity() -> None:
 
 @pytest.mark.parametrize("window", [0, 30])
 def test_prefill_does_not_depend_on_chunking(module: ModuleType, device: torch.device, window: int) -> None:
-    """A prompt in one piece, in pieces and token by token, to fp32 rounding; the last token also by decode."""
-    length, heads, kv_heads, head_dim = 90, 6, 2, 32
-    cache = Cache.make(device, [length], kv_heads, head_dim)
-    q = packed_queries(device, length, heads, kv_heads, head_dim, FP32)
-    scale = head_dim**-0.5
+    """A prompt in one piece and in pieces down to one token, to fp32 rounding; the last token also by decode."""
+    length, shape, scale = 90, Shape(6, 2, 32), 32**-0.5
+    cache = Cache.make(device, [length], shape)
+    q = packed_queries(device, length, shape)
 
     def prefill(pieces: Sequence[int]) -> Tensor:
-        out = torch.empty(length, heads, head_dim, device=device)
+        out = torch.empty(length, 6, 32, device=device)
         end = 0
         for piece in pieces:
             begin, end = end, end + piece
@@ -357,13 +307,13 @@ def test_prefill_does_not_depend_on_chunking(module: ModuleType, device: torch.d
     whole = prefill([length])
     for pieces in ([1, 13, 40, 36], [64, 26], [85, 1, 1, 1, 1, 1]):
         assert (prefill(pieces) - whole).abs().max() <= 2e-6
-    last = torch.empty(1, heads, head_dim, device=device)
+    last = torch.empty(1, 6, 32, device=device)
     module.paged_decode(q[-1:], cache.keys, cache.values, cache.page_table, cache.context_lens, last, scale, window)
     assert (last[0] - whole[-1]).abs().max() <= 2e-6
 
 
 def test_empty_batches(module: ModuleType, device: torch.device) -> None:
-    cache = Cache.make(device, [], 1, 32)
+    cache = Cache.make(device, [], Shape(2, 1, 32))
     q = torch.empty(0, 2, 32, device=device)
     starts = torch.zeros(1, dtype=torch.int32, device=device)
     caches = (cache.keys, cache.values, cache.page_table)
@@ -412,8 +362,9 @@ def test_prefill_refuses_query_starts_of_another_batch() -> None:
 @pytest.mark.gpu
 def test_decode_in_a_cuda_graph(device: torch.device) -> None:
     """Lengths, pages and queries change between replays; the graph reads them on the device."""
-    cache = Cache.make(device, [400, 33, 90], 2, 64, dtype=BF16)
-    q = packed_queries(device, 3, 8, 2, 64, BF16).contiguous()
+    shape = Shape(8, 2, 64, dtype=BF16)
+    cache = Cache.make(device, [400, 33, 90], shape)
+    q = packed_queries(device, 3, shape).contiguous()
     out = torch.empty_like(q)
     lens, table = torch.zeros_like(cache.context_lens), torch.zeros_like(cache.page_table)
 
