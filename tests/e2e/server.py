@@ -19,7 +19,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120
+START_SECONDS = 180
 BASE_MODEL = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]["args"]["model_name"]
 
 

@@ -76,6 +76,7 @@ def test_a_wrong_or_unsupported_field_is_400_by_name(http, body, param):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ],
 )
 def test_a_wrong_or_unsupported_chat_field_is_400_by_name(http, body, param):
