@@ -32,6 +32,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 # A token file written by some other local Ray would turn authentication on for one side only: say which we want.
 serve: export RAY_AUTH_MODE ?= disabled
+# Serve's own cost of a streamed item is several times smaller over gRPC on one event loop.
+serve: export RAY_SERVE_USE_GRPC_BY_DEFAULT ?= 1
+serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
+serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
 serve: $(VENV)/.serve
 	$(BIN)/serve run $(CONFIG)
 

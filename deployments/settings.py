@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -145,7 +146,8 @@ class FleetSettings(_Section):
         """These settings with "auto" decided for a cluster with this many GPUs."""
         if self.replicas.num_gpus != "auto":
             return self
-        gpus = min(1.0, cluster_gpus / self.replicas.num_replicas)
+        # Replicas on one GPU share it equally: 3 replicas on 2 GPUs take a half each, as 2/3 would not fit twice.
+        gpus = 1 / ceil(self.replicas.num_replicas / cluster_gpus) if cluster_gpus else 0.0
         return self.model_copy(update={"replicas": self.replicas.model_copy(update={"num_gpus": gpus})})
 
     @property

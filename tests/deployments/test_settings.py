@@ -64,7 +64,14 @@ def test_the_model_is_required():
 
 @pytest.mark.parametrize(
     ("gpus", "replicas", "expected", "device"),
-    [(0, 2, 0.0, "cpu"), (8, 2, 1.0, "cuda"), (2, 2, 1.0, "cuda"), (1, 2, 0.5, "cuda"), (1, 1, 1.0, "cuda")],
+    [
+        (0, 2, 0.0, "cpu"),
+        (8, 2, 1.0, "cuda"),
+        (2, 2, 1.0, "cuda"),
+        (1, 2, 0.5, "cuda"),
+        (2, 3, 0.5, "cuda"),
+        (1, 1, 1.0, "cuda"),
+    ],
 )
 def test_auto_is_one_gpu_where_the_cluster_has_enough_and_a_share_where_not(gpus, replicas, expected, device):
     resolved = settings(replicas={"num_replicas": replicas}, engine={"kv_memory_fraction": 0.8}).resolved(gpus)
