@@ -30,7 +30,7 @@ class Catalog:
     def __init__(self, settings: StoreSettings) -> None:
         """Raises ValueError when a folder of the settings does not exist."""
         self._settings = settings
-        self._declared = {name: self._rooted(AdapterRef.parse(ref)) for name, ref in settings.adapters.items()}
+        self._declared = {name: self.rooted(AdapterRef.parse(ref)) for name, ref in settings.adapters.items()}
         self._folders = [settings.path(folder) for folder in settings.folders]
         for folder in self._folders:
             if not folder.is_dir():
@@ -72,7 +72,7 @@ class Catalog:
 
     def resolve_ref(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
         """The same for a reference that is trusted, such as one that this catalog gave out."""
-        return self._sources[ref.source].resolve(name, self._rooted(ref))
+        return self._sources[ref.source].resolve(name, self.rooted(ref))
 
     def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
         """The files of ``resolved``, brought here if need be; see ``AdapterSource.fetch``."""
@@ -83,7 +83,8 @@ class Catalog:
         for source in self._sources.values():
             source.close()
 
-    def _rooted(self, ref: AdapterRef) -> AdapterRef:
+    def rooted(self, ref: AdapterRef) -> AdapterRef:
+        """The reference with a local path made absolute, as the settings' other paths are."""
         return AdapterRef("local", str(self._settings.path(ref.id))) if ref.source == "local" else ref
 
     def _allowed(self, name: str) -> AdapterRef:

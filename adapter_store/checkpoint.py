@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from adapter_store.safetensors_view import view_safetensors
 from adapter_store.source import WEIGHTS_FILE
 
 _HEADER_ALLOWANCE = 16 << 20  # bytes of a weights file that are not tensor data
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # base_model.model.<path>.lora_A.weight; the prefix and the adapter name before "weight" are optional.
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+?)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
 
@@ -78,13 +79,26 @@ def pack_files(
 
 
 def _check_base_model(adapter_base: str, served: str) -> None:
-    """An adapter belongs to the served model when either does not say, when both names are equal, or when their last
-    path components are (``meta-llama/Llama-3.1-8B`` and ``/models/Llama-3.1-8B``), letter case aside."""
-    if not adapter_base or not served:
-        return
-    ours, theirs = (PurePath(text.replace("\\", "/")).name.casefold() for text in (served, adapter_base))
-    if ours != theirs:
-        raise ValueError(f"it was trained for {adapter_base!r} but the base model here is {served!r}")
+    """Refuse an adapter of another base model, as far as names tell (shapes are checked anyway).
+
+    The rule: the last components of the two names or paths must be equal, letter case aside, so that
+    ``meta-llama/Llama-3.1-8B``, ``/models/Llama-3.1-8B`` and a Hub cache folder of it are one model. A missing name, or
+    one that is a bare commit, says nothing and is not compared.
+    """
+    ours, theirs = _model_name(served), _model_name(adapter_base)
+    if ours and theirs and ours != theirs:
+        raise ValueError(
+            f"it was trained for {adapter_base!r} but the base model here is {served!r}; if that is the same model, "
+            "correct base_model_name_or_path in adapter_config.json"
+        )
+
+
+def _model_name(text: str) -> str:
+    parts = [part for part in re.split(r"[/\\]", text) if part]
+    for part in parts:
+        if part.startswith("models--"):  # the Hub cache's folder: models--org--name/snapshots/<commit>
+            return part.rsplit("--", 1)[-1].casefold()
+    return "" if not parts or _COMMIT.fullmatch(parts[-1]) else parts[-1].casefold()
 
 
 def _parse_weights(data: Tensor) -> dict[str, Tensor]:

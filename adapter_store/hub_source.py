@@ -68,7 +68,7 @@ class HubSource:
     def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
         """The files, from disk or downloaded, verified against the digest.
 
-        Raises what ``resolve`` raises; AdapterUnavailable also when the Hub sends other content than it lists.
+        Raises what ``resolve`` raises; AdapterUnavailable also when the Hub sends other content than was resolved.
         """
         files = self._disk.read(resolved.digest, resolved.name, max_weights_bytes)
         if files is not None:
@@ -129,7 +129,9 @@ class HubSource:
                 files = CheckpointFiles.read(folder, name, limit)
                 digest = files.digest()
                 if expected is not None and digest != expected:
-                    raise AdapterUnavailable(name, f"what the Hub sent for {pinned} is not what it lists; try again")
+                    raise AdapterUnavailable(
+                        name, f"what the Hub sent for {pinned} is not the content {expected[:12]}; try again"
+                    )
                 self._disk.adopt(digest, folder)
                 self._disk.remember_digest(_commit_key(pinned), digest)
         except OSError as error:

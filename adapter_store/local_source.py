@@ -62,7 +62,12 @@ class LocalSource:
         return ResolvedAdapter(name, ref, self._digest(name, Path(ref.id)))
 
     def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
-        """The files as they are now. Raises AdapterChanged when that is no longer the resolved content."""
+        """The files as they are now.
+
+        Raises AdapterNotFound when they are gone, AdapterChanged when they are no longer the resolved content.
+        """
+        if not (Path(resolved.ref.id) / CONFIG_FILE).is_file():
+            raise AdapterNotFound(resolved.name, f"there is no {CONFIG_FILE} in its folder any more")
         files = CheckpointFiles.read(Path(resolved.ref.id), resolved.name, max_weights_bytes)
         digest = files.digest()
         if digest != resolved.digest:

@@ -87,14 +87,18 @@ class AdapterStore:
         if isinstance(adapter, ResolvedAdapter):
             return adapter
         if isinstance(adapter, AdapterRef):
-            return self.catalog.resolve_ref(str(adapter), adapter)
-        if digest is not None and adapter.startswith(("hub:", "local:")):
+            ref = adapter
+        elif digest is not None and adapter.startswith(("hub:", "local:")):
             try:
                 ref = AdapterRef.parse(adapter)
             except ValueError as error:
                 raise AdapterNotFound(adapter, str(error)) from error
-            return self.catalog.resolve_ref(adapter, ref)
-        return self.catalog.resolve(adapter)
+        else:
+            return self.catalog.resolve(adapter)
+        if digest is not None and (ref.pinned or ref.source == "local"):
+            # Resolved elsewhere: fetching verifies the digest, so nothing needs to be asked or hashed twice.
+            return ResolvedAdapter(str(adapter), self.catalog.rooted(ref), digest)
+        return self.catalog.resolve_ref(str(adapter), ref)
 
     def _load(self, resolved: ResolvedAdapter) -> PackedAdapter:
         try:

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from adapter_store.checkpoint import pack_checkpoint
+from adapter_store.errors import AdapterRefused
 from adapter_store.layout import AdapterLayout, TargetGroup, TargetModule
 from adapter_store.packed import PackedAdapter
 from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE
@@ -112,3 +115,23 @@ def edit_tensors(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
     file = folder / WEIGHTS_FILE
     tensors: dict[str, Tensor | None] = {**load_file(file), **changes}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items() if tensor is not None}, file)
+
+
+def pack(
+    folder: Path,
+    architecture: str = "llama",
+    max_rank: int = 64,
+    dtype: torch.dtype = torch.float32,
+    base_model: str = "",
+) -> PackedAdapter:
+    """Pack the saved adapter for ``tiny_model(architecture)`` under the name "tenant"."""
+    return pack_checkpoint(folder, layout_for(architecture, base_model), max_rank, dtype, "tenant")
+
+
+def refused(folder: Path, *parts: str, **kwargs: Any) -> None:
+    """Packing is refused under the tenant's name with a reason that holds every part."""
+    with pytest.raises(AdapterRefused) as error:
+        pack(folder, **kwargs)
+    assert error.value.adapter == "tenant"
+    for part in parts:
+        assert part in error.value.reason

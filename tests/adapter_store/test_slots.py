@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -283,74 +282,75 @@ def test_a_failed_load_leaves_nothing_behind(device: str) -> None:
 LARGE = AdapterLayout("", 16, (TargetGroup("o", (TargetModule("o_proj", 16_384, 16_384),)),))
 
 
-@pytest.fixture
-def long_step() -> Iterator[torch.cuda.Stream]:
-    """A stream on which a slow kernel (some 50 ms) runs before whatever the test launches."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        yield stream
-    stream.synchronize()
+def slow_kernel() -> None:
+    """Keep the current stream busy for some 50 ms."""
+    torch.cuda._sleep(100_000_000)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOrderOnCuda:
-    def pool(self) -> SlotPool:
-        return SlotPool(LARGE, {16: 1}, torch.float32, "cuda", poison=True)
-
-    def test_reuse_waits_for_the_last_step_that_reads(self, long_step: torch.cuda.Stream) -> None:
-        pool = self.pool()
-        old, new = adapter(0, 16, LARGE, pin=True), adapter(1, 16, LARGE, pin=True)
-        slot = pool.acquire(old.digest, 16)
+    def start(self) -> tuple[SlotPool, Slot, PackedAdapter]:
+        """A pool of one slot, assigned but not loaded, and nothing running on the device."""
+        pool = SlotPool(LARGE, {16: 1}, torch.float32, "cuda", poison=True)
+        packed = adapter(0, 16, LARGE, pin=True)
+        slot = pool.acquire(packed.digest, 16)
         assert slot is not None
+        torch.cuda.synchronize()
+        return pool, slot, packed
+
+    def test_reuse_waits_for_the_last_step_that_reads(self) -> None:
+        pool, slot, old = self.start()
+        new = adapter(1, 16, LARGE, pin=True)
         pool.load(slot, old)
-        pool.wait(slot)
-        torch.cuda._sleep(100_000_000)
-        read_by_step = pool.arena.clone()  # the step: reads the slot, long after it was launched
-        row_by_step = pool.slot_table.clone()
-        pool.step_done()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            slow_kernel()
+            read_by_step = pool.arena.clone()  # the step reads the slot long after it was launched
+            row_by_step = pool.slot_table.clone()
+            pool.step_done()
         pool.release(slot)
         reused = pool.acquire(new.digest, 16)
         assert reused is slot
         pool.load(reused, new)
         assert not pool.ready(reused)  # it cannot be: the step is still to come
-        long_step.synchronize()
+        torch.cuda.synchronize()
+        assert pool.ready(reused)
         assert (read_by_step[: old.slab.numel()] == 1).all()
         assert row_by_step.tolist() == [[0, 16]]
-        pool.wait(reused)
         assert (pool.arena[: new.slab.numel()] == 2).all()
 
-    def test_a_load_does_not_block_the_host_or_the_step(self, long_step: torch.cuda.Stream) -> None:
-        pool = self.pool()
-        packed = adapter(0, 16, LARGE, pin=True)
-        slot = pool.acquire(packed.digest, 16)
-        assert slot is not None
-        before = torch.cuda.Event()
-        before.record(long_step)
+    def test_a_load_waits_for_nobody_else(self) -> None:
+        pool, slot, packed = self.start()
+        with torch.cuda.stream(torch.cuda.Stream()) as stream:
+            slow_kernel()
+            running_step = torch.cuda.Event()
+            running_step.record(stream)
         pool.load(slot, packed)
-        assert not before.query()  # the host came here while the step's kernel was still running
-        copied = slot._copied
-        assert copied is not None
-        copied.synchronize()
-        assert pool.ready(slot)
-        assert not before.query()  # and the copy ended beside the step, not behind it
+        assert not running_step.query()  # the host came here while the step was still running
+        while not pool.ready(slot):
+            assert not running_step.query()  # and the copy runs beside the step, not behind it
         assert (pool.arena[: packed.slab.numel()] == 1).all()
 
-    def test_the_table_row_comes_after_the_copy(self) -> None:
-        pool = self.pool()
-        packed = adapter(0, 16, LARGE, pin=True)
-        slot = pool.acquire(packed.digest, 16)
-        assert slot is not None
+    def test_a_step_behind_wait_sees_the_whole_adapter(self) -> None:
+        pool, slot, packed = self.start()
+        pool.load(slot, packed)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            pool.wait(slot)
+            seen, row = pool.arena.clone(), pool.slot_table.clone()
         torch.cuda.synchronize()
+        assert (seen[: packed.slab.numel()] == 1).all()
+        assert row.tolist() == [[0, 16]]
+
+    def test_the_table_row_comes_after_the_copy(self) -> None:
+        pool, slot, packed = self.start()
         pool.load(slot, packed)
         for _ in range(1000):
-            row, first, last = torch.cat(
-                (pool.slot_table[0, 1:].float(), pool.arena[:1], pool.arena[packed.slab.numel() - 1 :][:1])
-            ).tolist()
+            row = pool.slot_table[0, 1].item()  # read before the arena is
+            first, last = pool.arena[0].item(), pool.arena[packed.slab.numel() - 1].item()
             if row:
-                assert (first, last) == (1.0, 1.0)
+                assert (row, first, last) == (16, 1.0, 1.0)
                 break
-            assert row == 0 and (math.isnan(last) or last == 1.0)
+            assert first == 1.0 or math.isnan(first)
         else:
             pytest.fail("the row never came")

@@ -90,6 +90,23 @@ def test_who_may_load_by_reference(tmp_path: Path) -> None:
         store.load(reference, "0" * 64)
     with pytest.raises(AdapterNotFound, match="Hub repository"):
         store.load("hub:../x", "0" * 64)
+    with pytest.raises(AdapterNotFound, match="any more"):
+        store.load(f"local:{tmp_path}/gone", digest[::-1])
+
+
+def test_a_pinned_hub_reference_with_its_digest_asks_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with HubServer() as hub:
+        hub.publish("acme/far", adapter_files())
+        gateway = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint)
+        resolved = gateway.resolve("far")
+        replica = make_store(tmp_path, cache_dir="other", hub_endpoint=hub.endpoint)
+        assert replica.load(str(resolved.ref), resolved.digest).digest == resolved.digest
+        assert len(hub.requests("/api/")) == 1
+        with pytest.raises(AdapterUnavailable, match="not the content"):
+            replica.load(str(resolved.ref), "0" * 64)
 
 
 def test_refusals_are_forgotten_after_their_time() -> None:
