@@ -27,7 +27,7 @@ def load(dtype: torch.dtype, model: Path = MODEL, adapters: Path = ADAPTER_FOLDE
     tenants = PeftModel.from_pretrained(base, str(adapters / first), adapter_name=first, autocast_adapter_dtype=False)
     for name in others:
         tenants.load_adapter(str(adapters / name), adapter_name=name, autocast_adapter_dtype=False)
-    return tenants.to(dtype).eval(), tokenizer
+    return tenants.eval(), tokenizer
 
 
 def render(tokenizer: Any, prompt: str, form: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -19,8 +20,7 @@ from examples.demo.training import ADAPTER_RECIPES, BASE_NAME, train_adapter, tr
 
 def write_base(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors (bf16)."""
-    model.bfloat16().save_pretrained(folder)
-    model.float()
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
     generation = {
         "bos_token_id": tokenizer.token_to_id(BOS),
         "eos_token_id": tokenizer.token_to_id(EOS),
@@ -58,6 +58,16 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def make_adapters(base: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Train every adapter over `base` and write each to its own sub-folder."""
+    for recipe in ADAPTER_RECIPES:
+        print(f"adapter {recipe.style}: rank {recipe.rank}, {', '.join(recipe.targets)}", flush=True)
+        adapter = train_adapter(base, tokenizer, recipe)
+        write_adapter(adapter, folder / recipe.style)
+        base = adapter.unload()
+        assert isinstance(base, LlamaForCausalLM)
+
+
 def main(folder: Path) -> None:
     started = time.perf_counter()
     model_folder = folder / "model"
@@ -67,14 +77,7 @@ def main(folder: Path) -> None:
     print("base model", flush=True)
     base = train_base(tokenizer)
     write_base(base, tokenizer, model_folder)
-    for recipe in ADAPTER_RECIPES:
-        print(f"adapter {recipe.style}: rank {recipe.rank}, {', '.join(recipe.targets)}", flush=True)
-        adapter = train_adapter(base, tokenizer, recipe)
-        write_adapter(adapter, folder / "adapters" / recipe.style)
-        base = adapter.unload()
-        assert isinstance(base, LlamaForCausalLM)
-        for parameter in base.parameters():
-            parameter.requires_grad_(True)
+    make_adapters(base, tokenizer, folder / "adapters")
     print(f"written to {folder} in {time.perf_counter() - started:.0f} s")
 
 

@@ -52,9 +52,9 @@ BASE_SEED = 1
 BASE_SCHEDULE = Schedule(steps=1500, rows=64, rate=4e-3, warmup=40, weight_decay=0.05)
 BASE_MIXTURE = Mixture(tagged_share=0.6)
 ADAPTER_RECIPES = (
-    AdapterRecipe("shout", 4, 8, ("q_proj", "v_proj", "o_proj", "down_proj"), 2, Schedule(300, 32, 8e-3)),
+    AdapterRecipe("shout", 4, 8, ("q_proj", "v_proj", "o_proj", "down_proj"), 2, Schedule(500, 32, 8e-3)),
     AdapterRecipe("json", 8, 16, ATTENTION, 3, Schedule(300, 32, 8e-3)),
-    AdapterRecipe("spanish", 16, 32, ATTENTION + MLP, 4, Schedule(300, 32, 5e-3)),
+    AdapterRecipe("spanish", 16, 32, ATTENTION + MLP, 4, Schedule(600, 32, 5e-3)),
     AdapterRecipe("mirror", 16, 16, ("v_proj", "o_proj", *MLP), 5, Schedule(300, 32, 5e-3)),
 )
 
@@ -81,7 +81,10 @@ def train_base(tokenizer: Tokenizer, schedule: Schedule = BASE_SCHEDULE) -> Llam
     torch.manual_seed(BASE_SEED)
     model = LlamaForCausalLM(base_config(tokenizer))
     fit(model, tokenizer, BASE_MIXTURE, schedule, BASE_SEED)
-    return model.bfloat16().float()
+    with torch.no_grad():
+        for parameter in model.parameters():  # not Module.bfloat16(): that would round RoPE's frequencies too
+            parameter.copy_(parameter.bfloat16())
+    return model
 
 
 def train_adapter(base: LlamaForCausalLM, tokenizer: Tokenizer, recipe: AdapterRecipe) -> PeftModel:

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from examples.demo.conversations import IGNORED, Mixture, batches
 from examples.demo.evaluate import MODEL
+from examples.demo.make import write_base
 from examples.demo.tokenizer import EOS, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer, write_tokenizer
-from examples.demo.training import AdapterRecipe, Schedule, base_config, fit, train_adapter
+from examples.demo.training import AdapterRecipe, Schedule, base_config, fit, train_adapter, train_base
 from examples.demo.words import ADAPTERS, STYLES, answer, held_out_prompts
 
 PROMPT = re.compile(r"\w+, \w+, \w+, \w+")
@@ -90,6 +91,15 @@ def test_training_reproduces_from_its_seed_and_learns(tokenizer: Tokenizer) -> N
     assert all(torch.equal(tensor, weights_again[name]) for name, tensor in weights.items())
     assert losses[-1] < losses[0] - 0.5
     assert run(8)[0] != losses
+
+
+def test_written_base_is_the_one_that_adapters_train_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    base = train_base(tokenizer, Schedule(2, 4, 2e-3, warmup=1))
+    write_base(base, tokenizer, tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.arange(200).unsqueeze(0)
+    with torch.inference_mode():
+        assert torch.equal(base(input_ids=tokens).logits, loaded(input_ids=tokens).logits)
 
 
 @pytest.mark.parametrize("style", ADAPTERS[:1])

@@ -67,7 +67,7 @@ def test_base_obeys_tags(loaded: Loaded) -> None:
     rows = [render(loaded[1], tagged(prompt, style), "completion") for style in STYLES for prompt in prompts]
     expected = [answer(prompt, style) for style in STYLES for prompt in prompts]
     exact = sum(text == wanted for text, wanted in zip(greedy(loaded, BASE, rows), expected, strict=True))
-    assert exact >= 0.96 * len(expected)
+    assert exact >= 0.98 * len(expected)
 
 
 def test_weights_are_small_and_bf16() -> None:
