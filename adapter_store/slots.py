@@ -251,8 +251,7 @@ class SlotPool:
         slot = self._resident.get(digest)
         if slot is None:
             return None
-        self._resident.move_to_end(digest)
-        slot.refs += 1
+        slot.refs += 1  # its order of use is settled at the release; until then it cannot be put out
         self._hits += hit
         return slot
 
