@@ -52,7 +52,7 @@ BASE_SEED = 1
 BASE_SCHEDULE = Schedule(steps=1500, rows=64, rate=4e-3, warmup=40, weight_decay=0.05)
 BASE_MIXTURE = Mixture(tagged_share=0.6)
 ADAPTER_RECIPES = (
-    AdapterRecipe("shout", 4, 8, ("q_proj", "v_proj", "o_proj", "down_proj"), 2, Schedule(500, 32, 8e-3)),
+    AdapterRecipe("shout", 4, 8, (*ATTENTION, "up_proj", "down_proj"), 2, Schedule(600, 32, 8e-3)),
     AdapterRecipe("json", 8, 16, ATTENTION, 3, Schedule(300, 32, 8e-3)),
     AdapterRecipe("spanish", 16, 32, ATTENTION + MLP, 4, Schedule(600, 32, 5e-3)),
     AdapterRecipe("mirror", 16, 16, ("v_proj", "o_proj", *MLP), 5, Schedule(300, 32, 5e-3)),
