@@ -151,13 +151,18 @@ class Scheduler:
         slot = None if in_vain else self.slots.acquire(digest, rank)
         if slot is None:
             self._scarce_rank = min(self._scarce_rank, rank)
-            if sequence.overtaken >= self.max_overtakes and sequence.draining is None:
+            if sequence.overtaken >= self.max_overtakes and not self._fits(rank, sequence.draining):
                 sequence.draining = self._soonest_free(rank, passed)
             return False
         sequence.slot, sequence.draining, sequence.overtaken = slot, None, 0
         if not slot.loaded:
             self.slots.load(slot, sequence.adapter)
         return True
+
+    def _fits(self, rank: int, digest: str | None) -> bool:
+        """Whether the adapter's slot is one for ``rank``. An earlier request may have taken a slot that was drained."""
+        slot = None if self.slots is None or digest is None else self.slots.find(digest)
+        return slot is not None and slot.class_rank >= rank
 
     def _soonest_free(self, rank: int, passed: list[Sequence]) -> str | None:
         """The adapter whose last user has the fewest tokens to go, in a slot that fits; not one drained already."""

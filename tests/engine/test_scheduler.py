@@ -243,6 +243,26 @@ def test_every_cold_adapter_gets_its_turn() -> None:
     assert sum(name.startswith("hot") for name in line.finished) > 50
 
 
+def test_a_drained_slot_that_another_took_is_drained_anew() -> None:
+    """Two that starve drain a slot each; the first takes the one that the second was promised, and turns hot."""
+    line = Line(slots={4: 2}, rows=6, overtakes=0)
+    line.add("long", packed=adapter("a"), new=40)
+    line.add("short", packed=adapter("b"), new=6)
+    line.step()
+    first, second = line.add("first", packed=adapter("c"), new=4), line.add("second", packed=adapter("d"), new=2)
+    line.step()
+    assert (first.draining, second.draining) == ("digest of b", "digest of a")
+    line.scheduler.remove(line.scheduler.running[0])  # "long" leaves: what "second" waits for is what "first" takes
+    line.step()
+    assert first.slot is not None
+    assert second.slot is None
+    for _ in range(60):
+        while len(line.scheduler.waiting) < 4:
+            line.add(f"hot at {line.arrivals}", packed=adapter("c" if line.arrivals % 2 else "b"), new=4)
+        line.step()
+    assert "second" in line.finished
+
+
 requests = st.lists(
     st.tuples(
         st.integers(0, 30),  # the step it arrives before
