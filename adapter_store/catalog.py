@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from adapter_store.checkpoint_files import CheckpointFiles
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
 from adapter_store.hub_source import HubSource
 from adapter_store.local_source import LocalSource
 from adapter_store.settings import StoreSettings
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, AdapterRef, AdapterSource, ResolvedAdapter
+from adapter_store.source import AdapterRef, AdapterSource, ResolvedAdapter
 
 _log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from adapter_store.checkpoint_files import CheckpointFiles
+from adapter_store.digest import WEIGHTS_FILE
 from adapter_store.errors import AdapterRefused
 from adapter_store.layout import AdapterLayout
 from adapter_store.packed import PackedAdapter
 from adapter_store.peft_config import ModuleLora, PeftConfig
 from adapter_store.safetensors_view import view_safetensors
-from adapter_store.source import WEIGHTS_FILE
 
 _HEADER_ALLOWANCE = 16 << 20  # bytes of a weights file that are not tensor data
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
 from adapter_store.errors import AdapterRefused
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
 
 MAX_CONFIG_BYTES = 1 << 20
 PICKLE_FILE = "adapter_model.bin"

@@ -24,9 +24,10 @@ from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignor
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from adapter_store.checkpoint_files import PICKLE_FILE, PICKLE_REMEDY, check_size
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.settings import StoreSettings
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, AdapterRef, content_digest
+from adapter_store.source import AdapterRef
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

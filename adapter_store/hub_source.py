@@ -9,12 +9,13 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, CheckpointFiles, check_size
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import AdapterError, AdapterUnavailable
 from adapter_store.hub_client import HubClient, HubListing
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, AdapterRef, ResolvedAdapter
+from adapter_store.source import AdapterRef, ResolvedAdapter
 
 _log = logging.getLogger(__name__)
 _MAX_REMEMBERED = 16_384  # references; a few hundred bytes each

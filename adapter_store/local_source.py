@@ -10,15 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, CheckpointFiles, check_size
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
 from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused
-from adapter_store.source import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterRef,
-    ResolvedAdapter,
-    content_digest,
-    git_blob_sha1,
-)
+from adapter_store.source import AdapterRef, ResolvedAdapter
 
 # A file written this shortly before it was hashed could be written again within the same clock tick of its file
 # system, so its hash is not remembered yet.

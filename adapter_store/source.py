@@ -1,17 +1,13 @@
-"""Where an adapter comes from and which content exactly: references, digests, and what a source must do."""
+"""Where an adapter comes from and which content exactly: references, and what a source must do."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from adapter_store.checkpoint_files import CheckpointFiles
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
@@ -63,7 +59,7 @@ class ResolvedAdapter:
     """A name that was looked up: where the content is and which content it is.
 
     ``name`` is what the caller asked for. ``ref`` is pinned to a commit where the source has commits.
-    ``digest`` identifies the content (see ``content_digest``); every cache is keyed by it.
+    ``digest`` identifies the content (see ``digest.content_digest``); every cache is keyed by it.
     """
 
     name: str
@@ -92,18 +88,3 @@ class AdapterSource(Protocol):
     def close(self) -> None:
         """Give back what the source holds open."""
         ...
-
-
-def content_digest(config_blob: str, weights_sha256: str) -> str:
-    """The identity of an adapter's content, as 64 hex digits.
-
-    config_blob: git blob sha1 of adapter_config.json. weights_sha256: sha256 of adapter_model.safetensors. These two
-    are what the Hub reports without a download, so a Hub repository and a local copy of it have the same digest.
-    """
-    text = f"{CONFIG_FILE} {config_blob}\n{WEIGHTS_FILE} {weights_sha256}\n"
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def git_blob_sha1(data: bytes) -> str:
-    """The object id that git gives a file of this content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

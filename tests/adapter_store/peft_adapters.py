@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from adapter_store.checkpoint import pack_checkpoint
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterRefused
 from adapter_store.layout import AdapterLayout, TargetGroup, TargetModule
 from adapter_store.packed import PackedAdapter
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GROUPS = {

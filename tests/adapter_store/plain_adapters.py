@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.layout import AdapterLayout, TargetGroup, TargetModule
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE
 
 LAYOUT = AdapterLayout(
     "acme/base",

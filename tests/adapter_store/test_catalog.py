@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from adapter_store.catalog import Catalog
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
 from adapter_store.settings import StoreSettings
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
+from adapter_store.source import AdapterRef
 from tests.adapter_store.hub_server import HubServer
 
 FILES = {CONFIG_FILE: b'{"peft_type": "LORA"}', WEIGHTS_FILE: b"weights"}

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adapter_store.digest import WEIGHTS_FILE
 from adapter_store.packed import PackedAdapter
-from adapter_store.source import WEIGHTS_FILE
 from tests.adapter_store.peft_adapters import (
     ALL_MODULES,
     ARCHITECTURES,

@@ -16,9 +16,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterRefused
 from adapter_store.peft_config import IGNORED_KEYS, READ_KEYS, REFUSED_KEYS, PeftConfig
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE
 from tests.adapter_store.peft_adapters import edit_config, edit_tensors, make_adapter, pack, refused, tiny_model
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from adapter_store.checkpoint_files import CheckpointFiles
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.hub_source import HubSource
 from adapter_store.local_source import LocalSource
 from adapter_store.settings import StoreSettings
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
+from adapter_store.source import AdapterRef
 from tests.adapter_store.hub_server import Fault, HubServer
 
 TOKEN = "hf_a_secret_that_must_not_leak"

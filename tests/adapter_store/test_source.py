@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused
 from adapter_store.local_source import LocalSource
-from adapter_store.source import CONFIG_FILE, WEIGHTS_FILE, AdapterRef, content_digest, git_blob_sha1
+from adapter_store.source import AdapterRef
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

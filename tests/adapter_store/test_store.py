@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from adapter_store.checkpoint import pack_checkpoint
+from adapter_store.digest import CONFIG_FILE
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
-from adapter_store.source import CONFIG_FILE, AdapterRef, ResolvedAdapter
+from adapter_store.source import AdapterRef, ResolvedAdapter
 from adapter_store.store import AdapterStore, RecentRefusals
 from tests.adapter_store.hub_server import Fault, HubServer
 from tests.adapter_store.plain_adapters import LAYOUT, adapter_files, write_adapter
