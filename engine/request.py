@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 
+_INT64 = 2**63 - 1  # what a step's tensors hold
+
 
 class InvalidRequest(ValueError):
     """A request that can never run as asked (HTTP 400). ``param`` names the offending field."""
@@ -53,17 +55,17 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        checks: tuple[tuple[str, bool, str], ...] = (
-            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
-            ("top_k", self.top_k >= 0, "0 (keep all) or more"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
-            ("stop", all(self.stop), "non-empty strings"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
-        )
-        for name, ok, allowed in checks:
+        for name, ok, allowed in (
+            ("temperature", _number(self.temperature, 0.0, 100.0), "between 0 and 100"),
+            ("top_k", _integer(self.top_k, 0, _INT64), "0 (keep all) or more, and below 2**63"),
+            ("top_p", _number(self.top_p, 0.0, 1.0) and self.top_p > 0.0, "above 0 and at most 1"),
+            ("min_p", _number(self.min_p, 0.0, 1.0), "between 0 and 1"),
+            ("seed", self.seed is None or _integer(self.seed, 0, _INT64), "an integer between 0 and 2**63 - 1"),
+            ("max_tokens", self.max_tokens is None or _integer(self.max_tokens, 1), "an integer of 1 or more"),
+            ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of non-empty strings"),
+            ("stop_token_ids", _tuple_of(int, self.stop_token_ids), "a tuple of integers"),
+            ("logprobs", self.logprobs is None or _integer(self.logprobs, 0, 20), "an integer between 0 and 20"),
+        ):
             if not ok:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r} but must be {allowed}", name)
 
@@ -116,8 +118,9 @@ class TokenLogprob:
 class GenerationChunk:
     """What a request produced since its last chunk. ``finish_reason`` is set on the last one only.
 
-    ``text`` never ends in a broken character and never holds part of a stop string. Counts are totals so far.
-    ``stop_reason`` is the stop string or stop token id that ended it, None for end-of-sequence or length.
+    ``text`` never holds part of a stop string, and ends in a broken character only where the completion does.
+    Counts are totals so far. ``stop_reason`` is the stop string or stop token id that ended it, None for
+    end-of-sequence or length.
     """
 
     request_id: str
@@ -180,3 +183,18 @@ def check_length(prompt_tokens: int, max_tokens: int | None, limit: int, param: 
             "max_tokens",
         )
     return total
+
+
+# Types are checked as well: requests come from other processes, and a step is shared by everybody.
+
+
+def _number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+def _integer(value: object, low: int, high: int | None = None) -> bool:
+    return isinstance(value, int) and low <= value and (high is None or value <= high)
+
+
+def _tuple_of(kind: type, values: object) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)
