@@ -8,9 +8,8 @@ from engine.tokenizer import Tokenizer
 
 _BROKEN = "\ufffd"
 # A character has at most four bytes, so more tokens than this without a whole one are no text. Each look decodes all
-# that is held back; from here on only every _LOOK_EVERY-th token looks, so that such output stays cheap.
+# that is held back; from here on it looks again when that has grown by this share, so that a token's cost is bounded.
 _MANY_HELD = 32
-_LOOK_EVERY = 8
 
 
 class TextStream:
@@ -26,13 +25,15 @@ class TextStream:
         self._window = list(context)
         self._shown = tokenizer.decode(self._window)
         self._shown_tokens = len(self._window)
+        self._look_at = 0  # how many tokens must be held back for the next look
 
     def push(self, token_id: int) -> str:
         """The text that this token completes, possibly none."""
         self._window.append(token_id)
         held = len(self._window) - self._shown_tokens
-        if held > _MANY_HELD and held % _LOOK_EVERY:
+        if held < self._look_at:
             return ""
+        self._look_at = held + held // _MANY_HELD
         text = self._tokenizer.decode(self._window)
         return "" if text.endswith(_BROKEN) else self._show(text)
 
@@ -53,6 +54,7 @@ class TextStream:
             del self._window[: self._shown_tokens]
             self._shown = self._tokenizer.decode(self._window)
             self._shown_tokens = len(self._window)
+            self._look_at = 0
         return piece
 
 

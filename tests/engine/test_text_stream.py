@@ -120,6 +120,31 @@ def test_endless_broken_bytes_stay_cheap_and_exact(byte_tokenizer: Tokenizer) ->
     assert sum(bool(piece) for piece in pieces) <= 3
 
 
+class CountingTokenizer:
+    """A real tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.decoded = 0
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded += len(ids)
+        return self._tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["€", "<eos>"])
+def test_endless_tokens_without_text_cost_no_more_each_as_they_get_many(byte_tokenizer: Tokenizer, text: str) -> None:
+    token = byte_tokenizer.encode(text)[0]
+    costs = []
+    for count in (1000, 8000):
+        counting = CountingTokenizer(byte_tokenizer)
+        out = TextStream(counting)  # type: ignore[arg-type]
+        for _ in range(count):
+            out.push(token)
+        costs.append(counting.decoded / count)
+    assert costs[1] < 2 * costs[0]
+
+
 def reference_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
     """Read character by character until the text ends with a stop string; the longest one if several."""
     for end in range(1, len(text) + 1):
