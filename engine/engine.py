@@ -57,10 +57,10 @@ class Engine:
         """
         if self._thread is not None:
             raise RuntimeError("the engine was started before: make a new one")
-        ready: Future[StepLoop] = Future()
+        ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine-steps", daemon=True)
         self._thread.start()
-        self._loop = await asyncio.wrap_future(ready)
+        await asyncio.wrap_future(ready)
 
     async def close(self) -> None:
         """Stop after the step under way. Unfinished requests end with EngineDead."""
@@ -131,15 +131,18 @@ class Engine:
         """Most tokens of a prompt and its completion together."""
         return self.parts.max_model_len
 
-    def _run(self, ready: Future[StepLoop]) -> None:
+    def _run(self, ready: Future[None]) -> None:
         try:
             with torch.inference_mode():
                 loop = StepLoop(build_parts(self.settings, self._on_residency), self.settings)
         except BaseException as error:
-            ready.set_exception(error)
+            if ready.set_running_or_notify_cancel():
+                ready.set_exception(error)
             return
-        ready.set_result(loop)
-        loop.run()
+        if ready.set_running_or_notify_cancel():  # else whoever called start() has given up
+            self._loop = loop
+            ready.set_result(None)
+            loop.run()
 
     def _started(self) -> StepLoop:
         if self._loop is None:

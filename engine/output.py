@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import defaultdict
+from typing import TypeVar
 
 from engine.request import GenerationChunk
+
+E = TypeVar("E", bound=Exception)
 
 
 class OutputQueue:
@@ -41,6 +44,13 @@ class OutputQueue:
         return chunk
 
 
+def fresh(error: E) -> E:
+    """A copy to raise. One object raised again and again, by several readers, gathers the frames of them all."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied
+
+
 class Outbox:
     """Collects a step's results and wakes every event loop at most once for them. One thread only."""
 
@@ -49,12 +59,8 @@ class Outbox:
         self._items = defaultdict(list)
 
     def add(self, queue: OutputQueue, item: GenerationChunk | Exception) -> None:
-        """Keep ``item`` for the next ``post``. Errors are copied: several readers may raise the same one."""
-        if isinstance(item, Exception):
-            cause = item.__cause__
-            item = copy.copy(item)
-            item.__cause__ = cause
-        self._items[queue.loop].append((queue, item))
+        """Keep ``item`` for the next ``post``."""
+        self._items[queue.loop].append((queue, fresh(item) if isinstance(item, Exception) else item))
 
     def post(self) -> list[OutputQueue]:
         """Send everything off. Returns the queues whose event loop is closed: nobody will ever read them."""

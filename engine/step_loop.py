@@ -11,7 +11,7 @@ import torch
 
 from adapter_store.errors import AdapterRefused
 from engine.loading import AdapterLoads
-from engine.output import Outbox
+from engine.output import Outbox, fresh
 from engine.parts import EngineParts
 from engine.request import (
     EngineDead,
@@ -73,7 +73,7 @@ class StepLoop:
             start = self._loads.start
         with self._wake:
             if self._ended is not None:
-                raise self._ended
+                raise fresh(self._ended)
             if len(self._sequences) >= self._limit:
                 raise EngineOverloaded(
                     f"{len(self._sequences)} requests are running or waiting, as many as max_rows and max_waiting "

@@ -213,6 +213,15 @@ async def test_logprobs_equal_log_softmax(engine: Engine, model: TinyModel, adap
         tokens.append(token)
 
 
+async def test_the_largest_values_that_are_taken_break_nothing(engine: Engine) -> None:
+    huge = 2**63 - 1
+    for extreme in ({"top_k": huge}, {"seed": huge}, {"stop_token_ids": (2**70,)}, {"temperature": 1e-300}):
+        drawn = ask("x", [5], **{"temperature": 100.0, "top_p": 1e-9, "logprobs": 20, **extreme})
+        assert (await answer(engine, drawn)).completion_tokens == 8
+    with pytest.raises(InvalidRequest, match="to 255 or less"):
+        await answer(engine, ask("x", [5], new=2**70))
+
+
 async def test_unseeded_requests_differ_and_the_engine_seed_repeats_them(model: TinyModel) -> None:
     async def draw(engine: Engine) -> list[tuple[int, ...]]:
         return [(await answer(engine, ask(f"{i}", [9], temperature=1.0, new=12))).token_ids for i in range(3)]
@@ -435,6 +444,21 @@ async def test_closing_ends_requests_with_a_clear_error(model: TinyModel) -> Non
     await engine.close()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_start_that_is_given_up_leaves_no_engine_behind(model: TinyModel) -> None:
+    engine = Engine(settings_for(model))
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert engine._thread is not None
+    await asyncio.to_thread(engine._thread.join, 30)
+    assert not engine._thread.is_alive()
+    assert not engine.healthy
+    await engine.close()
+
+
 async def test_a_broken_step_fails_every_request_and_says_so(model: TinyModel, adapter: TinyAdapter) -> None:
     async with running(settings_for(model, [adapter], max_rows=2)) as engine:
         tasks = [asyncio.create_task(answer(engine, ask(f"{i}", [5], adapter, new=200))) for i in range(4)]
@@ -445,8 +469,12 @@ async def test_a_broken_step_fails_every_request_and_says_so(model: TinyModel, a
                 await task
         assert not engine.healthy
         assert not engine.stats().healthy
-        with pytest.raises(EngineDead, match="the step loop broke"):
-            await answer(engine, ask("later", [5]))
+        depths = set()
+        for _ in range(3):
+            with pytest.raises(EngineDead, match="the step loop broke") as caught:
+                await answer(engine, ask("later", [5]))
+            depths.add(len(caught.traceback))
+        assert len(depths) == 1, "each refusal keeps the frames of those before it"
 
 
 @pytest.mark.parametrize(
