@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapter_store.errors import AdapterError
 from deployments import sse
+from deployments.body_limit import BodyLimit
 from deployments.generation import Generation
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
@@ -28,7 +29,8 @@ logger = logging.getLogger("ray.serve")
 
 def create_http_app(service: CompletionService) -> FastAPI:
     """The routes, and the one error envelope for everything that can go wrong."""
-    app = FastAPI(title="LoRAFleet", docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="LoRAFleet", docs_url="/docs", redoc_url=None, redirect_slashes=False)
+    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -55,12 +57,12 @@ def create_http_app(service: CompletionService) -> FastAPI:
         return _envelope(from_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+    async def not_answered(request: Request, error: HTTPException) -> JSONResponse:
         where = f"{request.method} {request.url.path}"
         message = {404: f"there is no {where}", 405: f"{where} is not allowed"}.get(
             error.status_code, str(error.detail)
         )
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code)
         return _envelope(ApiError(error.status_code, message, code=code, headers=error.headers))
 
     async def refused(_: Request, error: Exception) -> JSONResponse:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,26 @@ from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import invalid
 from deployments.protocol.models import model_list, model_object
-from engine.request import GenerationChunk, GenerationRequest, SamplingParams, check_length
+from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, SamplingParams, check_length
 from engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """max_choices: most completions one request may ask for (prompts x n). threads: of each of the two pools."""
+    """max_choices: most completions one request may ask for (prompts x n). threads: of each of the two pools.
+    max_body_bytes: longest HTTP request body.
+
+    Raises ValueError naming the field.
+    """
 
     max_choices: int = 128
     threads: int = 8
+    max_body_bytes: int = 4 * 2**20
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if getattr(self, entry.name) < 1:
+                raise ValueError(f"{entry.name} is {getattr(self, entry.name)!r} but must be 1 or more")
 
 
 class CompletionService:
@@ -59,10 +69,10 @@ class CompletionService:
         self._catalog = catalog
         self._generator = generator
         self._max_model_len = max_model_len
-        self._limits = limits or ServiceLimits()
+        self.limits = limits or ServiceLimits()
         self._started = int(time.time())
-        self._text_pool = ThreadPoolExecutor(self._limits.threads, "text")
-        self._hub_pool = ThreadPoolExecutor(self._limits.threads, "hub")
+        self._text_pool = ThreadPoolExecutor(self.limits.threads, "text")
+        self._hub_pool = ThreadPoolExecutor(self.limits.threads, "hub")
         if base_model in catalog.names():
             raise ValueError(f"an adapter is named {base_model!r} like the base model: set model_name or rename it")
 
@@ -73,15 +83,19 @@ class CompletionService:
         """
         sampling = body.sampling_params()
         n = body.n or 1
-        adapter, prompts = await asyncio.gather(self._resolve(body.model), self._in_text_pool(self._prompts, body))
-        if len(prompts) * n > self._limits.max_choices:
+        chat = isinstance(body, ChatBody)
+        count = 1 if chat else len(body.prompts())
+        if count * n > self.limits.max_choices:
             raise invalid(
                 "n" if n > 1 else "prompt",
-                f"{len(prompts)} prompts x n={n} are over the limit of {self._limits.max_choices} completions",
+                f"{count} prompts x n={n} are over the limit of {self.limits.max_choices} completions",
             )
-        chat = isinstance(body, ChatBody)
+        adapter, prompts = await asyncio.gather(self._resolve(body.model), self._in_text_pool(self._prompts, body))
         for prompt in prompts:
-            check_length(len(prompt), sampling.max_tokens, self._max_model_len, "messages" if chat else "prompt")
+            try:
+                check_length(len(prompt), sampling.max_tokens, self._max_model_len, "messages" if chat else "prompt")
+            except InvalidRequest as error:
+                raise invalid(error.param, str(error), code="context_length_exceeded" if prompt else None) from None
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         streams: list[AsyncGenerator[GenerationChunk]] = []
         for number, prompt in enumerate(prompts):

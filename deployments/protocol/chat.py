@@ -67,7 +67,7 @@ class ChatBody(GenerationBody):
 
     def template_arguments(self) -> dict[str, Any]:
         """What ``Tokenizer.encode_chat`` takes beside the messages."""
-        taken = {"messages", "tools", "documents"}
+        taken = {"self", "messages", "tools", "documents"}
         extra = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name not in taken}
         own = {
             "add_generation_prompt": self.add_generation_prompt,

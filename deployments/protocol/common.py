@@ -37,12 +37,17 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Stops are looked for at every token of every row, in the step loop that all tenants share.
+_MAX_STOPS = 16
+_MAX_STOP_TOKENS = 1024
+
+
 def _stop(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+    if isinstance(value, list) and len(value) <= _MAX_STOPS and all(isinstance(item, str) for item in value):
         return value
-    raise PydanticCustomError("stop", "must be a string or a list of strings")
+    raise PydanticCustomError("stop", "must be a string or a list of at most {most} strings", {"most": _MAX_STOPS})
 
 
 class StreamOptions(BaseModel):
@@ -59,7 +64,7 @@ class GenerationBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     unsupported_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED
 
-    model: str = Field(description="The base model's name or an adapter's: see GET /v1/models.")
+    model: str = Field(max_length=1024, description="The base model's name or an adapter's: see GET /v1/models.")
     n: int | None = Field(None, ge=1, description="Completions for each prompt.")
     max_tokens: int | None = None
     temperature: float | None = Field(None, description="0 is greedy; 1 when left out.")
@@ -68,7 +73,7 @@ class GenerationBody(BaseModel):
     min_p: float | None = None
     seed: int | None = None
     stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=_MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -28,7 +28,7 @@ def _prompt(value: Any) -> Any:
 
 
 def _is_ids(value: list[Any]) -> bool:
-    return all(type(item) is int and item >= 0 for item in value)
+    return all(type(item) is int and 0 <= item < 2**31 for item in value)
 
 
 class CompletionBody(GenerationBody):
@@ -61,7 +61,10 @@ class CompletionBody(GenerationBody):
 
 
 def logprobs_object(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, list[Any]]:
-    """OpenAI's legacy ``logprobs``: parallel lists. ``offset``: characters of the text before these tokens."""
+    """OpenAI's legacy ``logprobs``: parallel lists. ``offset``: characters of the text before these tokens.
+
+    The chosen token is always among the top ones, so there may be one more than was asked for.
+    """
     offsets: list[int] = []
     for token in tokens:
         offsets.append(offset)
@@ -69,7 +72,9 @@ def logprobs_object(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, li
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{text: value for _, value, text in token.top} for token in tokens],
+        "top_logprobs": [
+            {**{text: value for _, value, text in token.top}, token.text: token.logprob} for token in tokens
+        ],
         "text_offset": offsets,
     }
 

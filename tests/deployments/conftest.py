@@ -69,7 +69,7 @@ def fleet(engine: Engine) -> LocalFleet:
 
 @pytest.fixture
 def service(fleet: LocalFleet) -> Iterator[CompletionService]:
-    limits = ServiceLimits(max_choices=16, threads=2)
+    limits = ServiceLimits(max_choices=16, threads=2, max_body_bytes=2**16)
     made = CompletionService(BASE_MODEL, DEMO / "model", Catalog(STORE), fleet, fleet.engine.max_model_len, limits)
     yield made
     made.close()

@@ -80,6 +80,13 @@ async def test_completion_log_probabilities(http):
         assert top[token] == value == max(top.values())  # greedy: the chosen one is the likeliest
 
 
+async def test_the_chosen_token_is_among_the_likeliest_also_when_it_is_not_one(http):
+    logprobs = (await complete(http, temperature=5, seed=1, logprobs=1, max_tokens=20)).json()["choices"][0]["logprobs"]
+    tops = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+    assert all(top[token] == value and len(top) <= 2 for token, value, top in tops)
+    assert any(len(top) == 2 for top in logprobs["top_logprobs"])
+
+
 async def test_streamed_log_probabilities_equal_whole_ones(http):
     whole = (await complete(http, logprobs=1)).json()["choices"][0]["logprobs"]
     pieces = [event["choices"][0]["logprobs"] for event in events_of(await complete(http, logprobs=1, stream=True))]

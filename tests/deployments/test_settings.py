@@ -49,6 +49,8 @@ def test_the_shipped_configuration_builds_the_application():
         ({"replicas": {"num_gpus": 1.5}}, "replicas: num_gpus is 1.5"),
         ({"replicas": {"num_gpus": "all"}}, "replicas.num_gpus"),
         ({"gateway": {"threads": "x"}}, "gateway.threads"),
+        ({"gateway": {"threads": 0}}, "gateway: threads is 0"),
+        ({"gateway": {"max_body_bytes": 0}}, "gateway: max_body_bytes is 0"),
     ],
 )
 def test_a_mistake_is_refused_by_name(changes, said):
