@@ -12,8 +12,11 @@ class AdapterError(Exception):
         self.reason = reason
 
     def named(self, adapter: str) -> AdapterError:
-        """The same error about the same content, under the name that another caller used for it."""
-        return self if adapter == self.adapter else type(self)(adapter, self.reason)
+        """A new error that says the same of the same content, under the name that its reader used for it.
+
+        Without cause or traceback, so that it may be kept: those hold the frames, and what was in them.
+        """
+        return type(self)(adapter, self.reason)
 
     def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
         # Exceptions with two arguments do not survive pickling (Ray) without this.

@@ -88,13 +88,13 @@ class HubSource:
             found = self._ask(name, ref)
         except AdapterUnavailable as error:
             if last is None or last.found is None:
-                self._remember(ref, _Answer(time.monotonic() + self._settings.negative_ttl_s, None, error))
+                self._remember(ref, _Answer(time.monotonic() + self._settings.negative_ttl_s, None, error.named(name)))
                 raise
             _log.warning("%s; %s stays at %s meanwhile", error.reason, ref, last.found[0].revision)
             self._remember(ref, replace(last, until=time.monotonic() + self._settings.negative_ttl_s))
             return last.found
         except AdapterError as error:
-            self._remember(ref, _Answer(time.monotonic() + self._settings.negative_ttl_s, None, error))
+            self._remember(ref, _Answer(time.monotonic() + self._settings.negative_ttl_s, None, error.named(name)))
             raise
         lasting = float("inf") if ref.pinned else time.monotonic() + self._settings.hub_refresh_s
         self._remember(ref, _Answer(lasting, found))

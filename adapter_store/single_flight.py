@@ -31,6 +31,7 @@ class SingleFlight(Generic[T]):
         except BaseException as error:
             self._forget(key)
             future.set_exception(error)
+            del future  # else the error's frames hold the future, which holds the error
             raise
         self._forget(key)
         future.set_result(result)

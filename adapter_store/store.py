@@ -131,7 +131,7 @@ class RecentRefusals:
         now = time.monotonic()
         with self._lock:
             self._until = {key: entry for key, entry in self._until.items() if entry[0] > now}
-            self._until[digest] = (now + self._ttl_s, error)
+            self._until[digest] = (now + self._ttl_s, error.named(error.adapter))
 
     def check(self, resolved: ResolvedAdapter) -> None:
         """Raise the remembered refusal, under the name asked for now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,40 @@ def test_a_refusal_names_the_adapter_that_was_asked_for(tmp_path: Path) -> None:
         assert error.value.adapter == name
     write_adapter(tmp_path / "adapters/bad")  # repaired: other content, served at once
     assert store.load("bad").rank == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what torch keeps among its objects
+def test_a_refused_adapter_takes_no_memory(tmp_path: Path) -> None:
+    """Neither the remembered refusal nor a reference cycle keeps the frames that held its files and its slab."""
+
+    def tensors() -> int:
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    write_adapter(tmp_path / "adapters/bad", lora_alpha=1e300)
+    store = make_store(tmp_path, negative_ttl_s=60)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(2):
+            try:
+                store.load("bad")
+            except AdapterRefused as error:
+                assert "overflow" in error.reason
+            assert tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_a_remembered_refusal_gathers_no_frames(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters/bad", use_dora=True)
+    store = make_store(tmp_path, negative_ttl_s=60)
+    depths = []
+    for _ in range(4):
+        with pytest.raises(AdapterRefused) as caught:
+            store.load("bad")
+        depths.append(len(caught.traceback))
+    assert depths[1] == depths[2] == depths[3]
 
 
 def test_one_tenants_bad_adapter_changes_nothing_for_another(tmp_path: Path) -> None:
