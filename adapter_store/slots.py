@@ -32,7 +32,6 @@ class Slot:
     rank: int = 0
     refs: int = 0
     loaded: bool = False
-    _source: PackedAdapter | None = field(default=None, repr=False)
     _copied: torch.cuda.Event | None = field(default=None, repr=False)
     _last_read: torch.cuda.Event | None = field(default=None, repr=False)
 
@@ -183,11 +182,11 @@ class SlotPool:
             with torch.cuda.stream(self._stream):
                 if slot._last_read is not None:
                     self._stream.wait_event(slot._last_read)
+                # The slab may be let go at once: torch keeps pinned memory from reuse until the copy has read it.
                 target.copy_(packed.slab, non_blocking=True)
                 self.slot_table[slot.index].copy_(row, non_blocking=True)
                 slot._copied = torch.cuda.Event()
                 slot._copied.record(self._stream)
-            slot._source = packed  # the pinned memory must outlive the copy
         slot.rank = packed.rank
         slot.loaded = True
         self._changed()
@@ -199,7 +198,7 @@ class SlotPool:
         if slot._copied is not None:
             if not slot._copied.query():
                 return False
-            slot._copied = slot._source = None
+            slot._copied = None
         return True
 
     def wait(self, slot: Slot, stream: torch.cuda.Stream | None = None) -> None:

@@ -354,6 +354,24 @@ class TestOrderOnCuda:
         assert row_by_step.tolist() == [[0, 16]]
         assert (pool.arena[: new.slab.numel()] == 2).all()
 
+    def test_a_slab_may_be_let_go_before_it_is_copied(self) -> None:
+        pool, slot, old = self.start()
+        pool.load(slot, old)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            slow_kernel()
+            pool.step_done()
+        pool.release(slot)
+        new = adapter(1, 16, LARGE, pin=True)
+        count = new.slab.numel()
+        assert pool.acquire(new.digest, 16) is slot
+        pool.load(slot, new)
+        del new  # the copy waits for the step; meanwhile others ask for pinned memory and write to it
+        others = [adapter(2 + i, 16, LARGE, pin=True) for i in range(3)]
+        assert not pool.ready(slot)
+        torch.cuda.synchronize()
+        assert (pool.arena[:count] == 2).all()
+        assert len(others) == 3
+
     def test_a_load_waits_for_nobody_else(self) -> None:
         pool, slot, packed = self.start()
         with torch.cuda.stream(torch.cuda.Stream()) as stream:
