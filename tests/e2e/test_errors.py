@@ -95,10 +95,23 @@ def test_a_body_that_is_no_json_is_400(http):
     assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
 
 
+def test_a_body_over_the_limit_is_413_whether_or_not_it_says_its_length(http):
+    for content in (b" " * 5_000_000, (b" " * 65_536 for _ in range(1000))):
+        response = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+
+
 def test_a_prompt_longer_than_the_context_is_400_also_when_streaming(http):
     for stream in (False, True):
         response, error = post(http, prompt="robot, " * 5000, stream=stream)
-        assert (response.status_code, error["param"]) == (400, "prompt")
+        assert (response.status_code, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
+
+
+def test_a_number_that_no_tensor_holds_is_400_and_every_replica_lives_on(http, other):
+    for body in ({"top_k": 2**63}, {"top_k": 10**30}, {"seed": 2**63}, {"prompt": [2**63]}, {"max_tokens": 2**63}):
+        response, error = post(http, temperature=1, **body)
+        assert (response.status_code, error["param"]) == (400, next(iter(body)))
+    assert all(one["healthy"] for one in other.call("fleet_stats"))
 
 
 def test_an_error_of_a_stream_has_its_status(http):
