@@ -124,6 +124,7 @@ def rope_write_kv(
         BLOCK_H=block_h,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         num_warps=4,
+        enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of the product
     )
 
 

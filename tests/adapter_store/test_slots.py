@@ -316,9 +316,9 @@ def test_a_failed_load_leaves_nothing_behind(device: str) -> None:
 LARGE = AdapterLayout("", 16, (TargetGroup("o", (TargetModule("o_proj", 16_384, 16_384),)),))
 
 
-def slow_kernel() -> None:
-    """Keep the current stream busy for some 50 ms."""
-    torch.cuda._sleep(100_000_000)
+def slow_kernel(milliseconds: int = 50) -> None:
+    """Keep the current stream busy for about that long."""
+    torch.cuda._sleep(2_000_000 * milliseconds)
 
 
 @pytest.mark.gpu
@@ -358,7 +358,7 @@ class TestOrderOnCuda:
         pool, slot, old = self.start()
         pool.load(slot, old)
         with torch.cuda.stream(torch.cuda.Stream()):
-            slow_kernel()
+            slow_kernel(1000)  # pinned memory takes the host tens of milliseconds to get
             pool.step_done()
         pool.release(slot)
         new = adapter(1, 16, LARGE, pin=True)

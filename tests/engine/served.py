@@ -130,6 +130,19 @@ class Served:
             theirs.append((self.tiny.logits(row.tokens, adapter, self.model.dtype) - expected).abs())
         return torch.cat(ours), torch.cat(theirs)
 
+    def check_bf16(self, rows: Sequence[tuple[Row, TinyAdapter | None]]) -> None:
+        """Against fp32, our errors are those of transformers + peft in the same dtype: the mean within 1.25 times,
+        the root mean square within 1.4 times.
+
+        Over 24 draws of prompts on a CPU (llama, qwen2-window) the ratios were 0.89 to 0.97 and 0.81 to 1.02. The
+        ratio of the two largest errors says little: it was 0.33 to 1.37, as transformers' own largest error varies
+        by a factor of 3 from draw to draw.
+        """
+        ours, theirs = self.errors(rows)
+        assert ours.isfinite().all()
+        assert ours.mean() <= 1.25 * theirs.mean()
+        assert ours.square().mean() <= 1.4**2 * theirs.square().mean()
+
     def among(self, neighbours: Sequence[TinyAdapter | None], seed: int) -> Row:
         """The same row (rank 8) through steps of the same shape, among three rows that ``neighbours`` and ``seed``
         choose: their adapters, tokens, context lengths and everyone's pages."""
