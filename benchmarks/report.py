@@ -55,7 +55,7 @@ class Report:
             "benchmark": self.benchmark,
             "device": self.device,
             "versions": package_versions(),
-            "command": shlex.join(["python", "-m", f"benchmarks.{self.benchmark}", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{self.benchmark}", *_measured_arguments(sys.argv[1:])]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "rows": self.rows,
         }
@@ -78,6 +78,15 @@ class Report:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def _measured_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments that shape the result: all but where it is written."""
+    kept = list(arguments)
+    while "--json" in kept:
+        position = kept.index("--json")
+        del kept[position : position + 2]
+    return kept
 
 
 def _cell(value: object) -> str:
