@@ -11,11 +11,12 @@ BIN := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: help serve test test-kernels test-rest lint format clean
+.PHONY: help serve test test-kernels test-rest test-gpu lint format clean
 
 help:
 	@echo "make serve   run the server on $(CONFIG) (CONFIG=... for another)"
 	@echo "make test    run the test suite        make lint    ruff and basedpyright"
+	@echo "make test-gpu   kernels compiled and the tests that need a GPU"
 	@echo "make format  apply ruff's format       make clean   remove $(VENV)"
 
 $(BIN)/python:
@@ -47,6 +48,11 @@ test-kernels: $(VENV)/.dev
 
 test-rest: $(VENV)/.dev
 	RAY_AUTH_MODE=disabled $(PYTEST) tests --ignore=tests/kernels $(ARGS)
+
+# What a machine with a GPU runs beside the suite: the same kernel tests compiled, and tests/gpu. Compiling takes the
+# time, so many processes share it.
+test-gpu: $(VENV)/.dev
+	$(PYTEST) tests/gpu tests/kernels tests/engine/test_batch.py tests/adapter_store/test_slots.py -n auto $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
