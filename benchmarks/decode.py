@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from engine.engine import Engine
 
 from adapter_store.settings import StoreSettings
 from benchmarks.report import Report, Row, device_name
 from benchmarks.synthetic import SHAPES, write_model_config, write_random_adapter
+from benchmarks.timing import copy_bandwidth
+from engine.engine import Engine
 from engine.lora_targets import adapter_layout
 from engine.request import GenerationRequest, SamplingParams
 from engine.settings import EngineSettings
@@ -90,26 +91,6 @@ def summarize(lines: list[Timeline]) -> Row:
         "tok_s": produced / (end - start),
         "ttft_ms_p50": statistics.median(first),
     }
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large device copy, reads and writes counted; best of several."""
-    count = 1 << 30 if device.type == "cuda" else 1 << 26
-    source = torch.empty(count, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    best = math.inf
-    for _ in range(5):
-        _synchronize(device)
-        started = time.perf_counter()
-        target.copy_(source)
-        _synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * count / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def weight_bytes(spec: ModelSpec, element: int) -> int:
