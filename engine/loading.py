@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from adapter_store.errors import AdapterError, AdapterUnavailable
 from adapter_store.packed import PackedAdapter
+from adapter_store.slots import SlotPool
 from adapter_store.store import AdapterStore
 from engine.sequence import Sequence
 
+_log = logging.getLogger(__name__)
 _Key = tuple[str, str | None]  # the name asked for, and the digest if the caller resolved it
 
 
@@ -23,6 +26,7 @@ class AdapterLoads:
     def __init__(
         self,
         store: AdapterStore,
+        slots: SlotPool,
         threads: int,
         post: Callable[[Callable[[], None]], None],
         loaded: Callable[[Sequence], None],
@@ -30,6 +34,7 @@ class AdapterLoads:
     ) -> None:
         """post: runs a function on the step loop's thread. loaded, failed: called there, for each sequence."""
         self._store = store
+        self._slots = slots
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-load")
         self._post = post
         self._loaded = loaded
@@ -37,16 +42,28 @@ class AdapterLoads:
         self._waiting: dict[_Key, list[Sequence]] = {}
         #: Sequences whose adapter is on its way. Any thread may read it.
         self.waiting = 0
+        cache_bytes, slot_bytes = store.host_cache.budget_bytes, slots.arena.nbytes
+        if cache_bytes < slot_bytes:
+            _log.warning(
+                "store.host_cache_bytes is %d but the adapter slots hold %d bytes: an adapter that leaves its slot may "
+                "be read from its source again, and cannot be while that is down; raise it to %d or more",
+                cache_bytes,
+                slot_bytes,
+                slot_bytes,
+            )
 
     def start(self, sequence: Sequence) -> None:
-        """Have ``loaded`` or ``failed`` called for the sequence: at once when its adapter is in host memory."""
+        """Have ``loaded`` or ``failed`` called for the sequence.
+
+        At once when its adapter is in host memory, or in a slot: ``sequence.adapter`` stays None then.
+        """
         request = sequence.request
         assert request.adapter is not None
-        cached = self._store.host_cache.get(request.adapter_digest) if request.adapter_digest else None
-        if cached is not None:
-            sequence.adapter = cached
-            self._loaded(sequence)
-            return
+        if request.adapter_digest is not None:
+            sequence.adapter = self._store.host_cache.get(request.adapter_digest)
+            if sequence.adapter is not None or self._slots.find(request.adapter_digest) is not None:
+                self._loaded(sequence)
+                return
         self.waiting += 1
         key = (request.adapter, request.adapter_digest)
         if key in self._waiting:

@@ -27,10 +27,15 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: ``num_decode`` rows of one token each, then prefill chunks."""
+    """One step: ``num_decode`` rows of one token each, then prefill chunks.
+
+    reload: sequences that relied on a slot which another adapter took before they ran. They are not queued any more:
+    bring their adapter to host memory and ``add`` them again.
+    """
 
     rows: tuple[PlannedRow, ...]
     num_decode: int
+    reload: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -64,7 +69,8 @@ class Scheduler:
         self._scarce_rank = sys.maxsize
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose adapter, if any, is in host memory. Order is by arrival, not by this call."""
+        """Queue a sequence whose adapter, if any, is in host memory or in a slot. Order is by arrival, not by this
+        call."""
         insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
 
     def remove(self, sequence: Sequence) -> None:
@@ -88,7 +94,7 @@ class Scheduler:
             assert first.slot is not None
             self.slots.wait(first.slot)
             self._add_chunk(prefill, first, budget, ready=True)
-        return StepPlan((*decode, *prefill), len(decode))
+        return StepPlan((*decode, *prefill), len(decode), tuple(self._put_out()))
 
     def _decode_rows(self) -> Iterator[PlannedRow]:
         for sequence in list(self.running):
@@ -116,10 +122,8 @@ class Scheduler:
             return
         if self.slots is not None:
             # What is asked for next is put out last.
-            soon = [
-                sequence.adapter.digest for sequence in self.waiting[: self.max_rows] if sequence.adapter is not None
-            ]
-            self.slots.touch(reversed(soon))
+            soon = [sequence.digest for sequence in self.waiting[: self.max_rows]]
+            self.slots.touch(digest for digest in reversed(soon) if digest is not None)
         passed: list[Sequence] = []
         self._scarce_rank = sys.maxsize
         for sequence in self.waiting[:]:
@@ -141,12 +145,16 @@ class Scheduler:
 
         passed: earlier sequences for which the answer was no, in this same step.
         """
-        if sequence.adapter is None or sequence.slot is not None:
+        digest = sequence.digest
+        if digest is None or sequence.slot is not None:
             return True
         assert self.slots is not None, "an adapter was loaded although there are no slots"
-        digest, rank = sequence.adapter.digest, sequence.adapter.rank
         if any(earlier.draining == digest for earlier in passed):
             return False
+        if sequence.adapter is None:
+            sequence.slot = self.slots.acquire(digest)  # or None: put out since, see _put_out
+            return sequence.slot is not None
+        rank = sequence.adapter.rank
         in_vain = rank >= self._scarce_rank and self.slots.find(digest) is None
         slot = None if in_vain else self.slots.acquire(digest, rank)
         if slot is None:
@@ -158,6 +166,15 @@ class Scheduler:
         if not slot.loaded:
             self.slots.load(slot, sequence.adapter)
         return True
+
+    def _put_out(self) -> Iterator[Sequence]:
+        """Take from the queue those whose adapter is neither in host memory nor in a slot any more."""
+        for sequence in self.waiting[:]:
+            if sequence.adapter is not None or sequence.slot is not None or sequence.digest is None:
+                continue
+            if self.slots is None or self.slots.find(sequence.digest) is None:
+                self.waiting.remove(sequence)
+                yield sequence
 
     def _fits(self, rank: int, digest: str | None) -> bool:
         """Whether the adapter's slot is one for ``rank``. An earlier request may have taken a slot that was drained."""

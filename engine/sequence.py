@@ -19,6 +19,7 @@ class Sequence:
 
     arrival: grows with every request; decides order. max_tokens: prompt and completion together. seed: of its draws.
     text: the visible text, None for a model without a tokenizer. queue: where results go.
+    adapter: its weights in host memory; None for the base model, and while a slot holds them already.
     tokens: prompt, then what was generated. computed: how many of them have keys and values in ``pages``.
     overtaken: admissions of later arrivals while this one had no slot to go to. draining: the digest that its
     starvation keeps from being admitted again, so that a slot comes free.
@@ -49,6 +50,11 @@ class Sequence:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def digest(self) -> str | None:
+        """The adapter that its slot must hold; None for the base model."""
+        return self.request.adapter_digest if self.adapter is None else self.adapter.digest
 
     @property
     def decoding(self) -> bool:

@@ -48,8 +48,10 @@ class StepLoop:
             max_overtakes=settings.max_overtakes,
         )
         self._loads: AdapterLoads | None = None
-        if parts.store is not None:
-            self._loads = AdapterLoads(parts.store, settings.load_threads, self._post, self._scheduler.add, self._fail)
+        if parts.store is not None and parts.slots is not None:
+            self._loads = AdapterLoads(
+                parts.store, parts.slots, settings.load_threads, self._post, self._scheduler.add, self._fail
+            )
         self._outbox = Outbox()
         self._wake = threading.Condition()
         # Guarded by _wake: messages to the loop, and every sequence that is not finished.
@@ -158,8 +160,11 @@ class StepLoop:
     def _step(self) -> None:
         started = time.perf_counter()
         plan = self._scheduler.plan()
+        assert plan.rows or not self._scheduler.waiting, "requests wait although nothing runs"
+        for sequence in plan.reload:
+            assert self._loads is not None
+            self._loads.start(sequence)
         if not plan.rows:
-            assert not self._scheduler.waiting, "requests wait although nothing runs"
             return
         sampled = iter(self.parts.runner.run(plan))
         for row in plan.rows:

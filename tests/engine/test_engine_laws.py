@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -241,6 +242,100 @@ async def test_law_6_only_the_request_waits_whose_adapter_is_on_its_way(
             with pytest.raises(AdapterError):
                 await task
         assert engine.stats().waiting_for_adapter == 0
+
+
+async def test_a_resident_adapter_runs_although_its_source_and_its_host_copy_are_gone(
+    model: TinyModel, adapters: list[TinyAdapter], tmp_path: Path
+) -> None:
+    folder = tmp_path / "tenant"
+    shutil.copytree(adapters[0].path, folder)
+    tenant, other = TinyAdapter(folder, 4), adapters[1]
+    base = settings_for(model, [tenant, other], slots={16: 1})
+    async with running(replace(base, store=replace(base.store, host_cache_bytes=0))) as engine:
+        await answer(engine, ask("first", [5, 6], tenant))
+        (digest,) = engine.stats().resident
+        assert engine.stats().host_cached == ()
+        shutil.rmtree(folder)
+        got = await answers(
+            engine, [ask(f"{i}", [7 + i, 8], f"local:{folder}", digest=digest, logprobs=0) for i in range(3)]
+        )
+        for i, chunk in enumerate(got):
+            assert_same(chunk, expected(model, [7 + i, 8], adapters[0], 8))
+        assert (engine.stats().slot_hits, engine.stats().slot_misses) == (3, 1)
+
+        neighbour = asyncio.create_task(answer(engine, ask("neighbour", [9], other, new=60, logprobs=0)))
+        while digest in engine.stats().resident:  # noqa: ASYNC110 (brought about by the engine's thread)
+            await asyncio.sleep(0.001)
+        with pytest.raises(AdapterNotFound, match=r"tenant.*any more"):
+            await answer(engine, ask("late", [7, 8], f"local:{folder}", digest=digest))
+        assert_same(await neighbour, expected(model, [9], other, 60))
+        stats = engine.stats()
+        slots = engine.parts.slots
+        assert slots is not None
+        assert all(slot.refs == 0 for slot in slots._slots)
+    assert (stats.running, stats.waiting, stats.waiting_for_adapter) == (0, 0, 0)
+    assert stats.free_pages == stats.num_pages
+
+
+async def test_requests_that_rely_on_a_slot_are_refused_alone_when_another_takes_it(
+    model: TinyModel, adapters: list[TinyAdapter], tmp_path: Path
+) -> None:
+    """Queued behind a full batch when the adapter is put out: those without a source fail, nobody else does."""
+    folder = tmp_path / "tenant"
+    shutil.copytree(adapters[0].path, folder)
+    tenant, other = TinyAdapter(folder, 4), adapters[1]
+    base = settings_for(model, [tenant, other], slots={16: 1}, max_rows=1)
+    async with running(replace(base, store=replace(base.store, host_cache_bytes=0))) as engine:
+        await answer(engine, ask("first", [5, 6], tenant))
+        (digest,) = engine.stats().resident
+        shutil.rmtree(folder)
+
+        async def relies(number: int) -> GenerationChunk | AdapterError:
+            try:
+                return await answer(
+                    engine, ask(f"relies{number}", [7, 8], f"local:{folder}", digest=digest, logprobs=0)
+                )
+            except AdapterError as error:
+                return error
+
+        async def others(number: int) -> GenerationChunk:
+            return await answer(engine, ask(f"other{number}", [9, 4], (other, None)[number % 2], logprobs=0))
+
+        results = await asyncio.gather(*(one(number) for number in range(4) for one in (relies, others)))
+        want = {None: expected(model, [9, 4], None, 8), other: expected(model, [9, 4], other, 8)}
+        for number, chunk in enumerate(results[1::2]):
+            assert isinstance(chunk, GenerationChunk)
+            assert_same(chunk, want[(other, None)[number % 2]])
+        first, *later = results[::2]
+        assert isinstance(first, GenerationChunk)
+        assert_same(first, expected(model, [7, 8], adapters[0], 8))
+        assert all(isinstance(error, AdapterNotFound) for error in later)
+        stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.waiting_for_adapter) == (0, 0, 0)
+    assert stats.healthy
+
+
+@pytest.mark.parametrize(("host_cache_bytes", "warned"), [(1, True), (1 << 30, False)])
+async def test_a_host_cache_smaller_than_the_slots_is_told_once_at_the_start(
+    model: TinyModel,
+    adapters: list[TinyAdapter],
+    caplog: pytest.LogCaptureFixture,
+    host_cache_bytes: int,
+    warned: bool,
+) -> None:
+    base = settings_for(model, adapters)
+    async with running(replace(base, store=replace(base.store, host_cache_bytes=host_cache_bytes))) as engine:
+        await answer(engine, ask("x", [5], adapters[0], new=2))
+        slots = engine.parts.slots
+        assert slots is not None
+        slot_bytes = slots.arena.nbytes
+    told = [record for record in caplog.records if "host_cache_bytes" in record.getMessage()]
+    assert len(told) == warned
+    for record in told:
+        assert record.levelname == "WARNING"
+        assert f"is {host_cache_bytes} " in record.getMessage()
+        assert f"{slot_bytes} " in record.getMessage()
+        assert "raise it" in record.getMessage()
 
 
 async def test_law_7_a_cold_tenant_is_served_under_a_saturating_hot_one(

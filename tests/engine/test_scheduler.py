@@ -45,18 +45,49 @@ class Line:
         self.arrivals = 0
         self.steps: list[list[tuple[str, int, int]]] = []
         self.finished: dict[str, int] = {}  # name -> step
+        self.packed: dict[str, PackedAdapter] = {}
+        self.loading: list[Sequence] = []  # back after the step that comes next
+        self.reloads: list[str] = []
 
-    def add(self, name: str, prompt: int = 4, new: int = 4, packed: PackedAdapter | None = None) -> Sequence:
-        request = GenerationRequest(name, tuple(range(prompt)), adapter=packed.name if packed else None)
-        sequence = Sequence(request, self.arrivals, prompt + new, seed=0, adapter=packed)
+    def add(
+        self, name: str, prompt: int = 4, new: int = 4, packed: PackedAdapter | None = None, *, in_slot: bool = False
+    ) -> Sequence:
+        """in_slot: host memory has the adapter no more; the request relies on the slot that holds it."""
+        digest = None if packed is None else packed.digest
+        request = GenerationRequest(
+            name, tuple(range(prompt)), adapter=packed.name if packed else None, adapter_digest=digest
+        )
+        sequence = Sequence(request, self.arrivals, prompt + new, seed=0, adapter=None if in_slot else packed)
+        if packed is not None:
+            self.packed[packed.digest] = packed
+            assert not in_slot or self.pool.find(packed.digest) is not None
         self.arrivals += 1
         self.scheduler.add(sequence)
         return sequence
 
+    def remove(self, sequence: Sequence) -> None:
+        if sequence in self.loading:
+            self.loading.remove(sequence)
+        else:
+            self.scheduler.remove(sequence)
+
     def step(self) -> StepPlan:
         """Plan, check what holds for every plan, and count the rows as computed."""
+        loaded, self.loading = self.loading, []
         plan = self.scheduler.plan()
         running = self.scheduler.running
+        for sequence in plan.reload:
+            assert sequence not in running
+            assert sequence not in self.scheduler.waiting
+            assert (sequence.slot, sequence.pages, sequence.computed) == (None, [], 0)
+            assert sequence.digest is not None
+            assert self.pool.find(sequence.digest) is None
+            self.loading.append(sequence)
+            self.reloads.append(sequence.request.request_id)
+        for sequence in loaded:
+            assert sequence.digest is not None
+            sequence.adapter = self.packed[sequence.digest]
+            self.scheduler.add(sequence)
         assert plan.num_tokens <= self.tokens_budget
         assert len(running) <= self.rows
         assert len({id(row.sequence) for row in plan.rows}) == len(plan.rows)
@@ -67,9 +98,9 @@ class Line:
             assert row.samples == (row.end == len(sequence.tokens))
             assert sequence.decoding == (index < plan.num_decode)
             assert len(sequence.pages) * self.scheduler.pages.page_size >= row.end
-            if sequence.adapter is not None:
+            if sequence.digest is not None:
                 assert sequence.slot is not None
-                assert sequence.slot.digest == sequence.adapter.digest
+                assert sequence.slot.digest == sequence.digest
                 assert self.pool.ready(sequence.slot)
         owned = [page for sequence in running for page in sequence.pages]
         assert len(owned) == len(set(owned)) == self.scheduler.pages.num_pages - self.scheduler.pages.free_pages
@@ -85,7 +116,7 @@ class Line:
 
     def run(self, limit: int = 1000) -> None:
         for _ in range(limit):
-            if not self.step().rows:
+            if not self.step().rows and not self.loading and not self.scheduler.waiting:
                 break
         assert not self.scheduler.running
         assert not self.scheduler.waiting
@@ -263,6 +294,81 @@ def test_a_drained_slot_that_another_took_is_drained_anew() -> None:
     assert "second" in line.finished
 
 
+def test_a_resident_adapter_needs_no_host_copy() -> None:
+    line = Line(slots={4: 1})
+    line.add("first", packed=adapter("a"), new=1)
+    line.run()
+    again = line.add("again", packed=adapter("a"), new=6, in_slot=True)
+    line.step()
+    assert line.names() == ["again"]
+    assert again.slot is not None
+    assert again.slot.refs == 1
+    line.add("other", packed=adapter("b"), new=1)
+    line.step()
+    assert line.names() == ["again"], "a slot in use was given away"
+    line.run()
+    assert line.reloads == []
+    assert line.pool.stats().hits == 1
+
+
+def test_a_resident_adapter_that_is_put_out_before_its_request_runs_is_loaded_again() -> None:
+    line = Line(slots={4: 1}, rows=1)
+    line.add("first", packed=adapter("a"), new=1)
+    line.run()
+    line.add("cold", packed=adapter("b"), new=4)  # before the next in the queue, and of another adapter
+    line.add("relies", packed=adapter("a"), in_slot=True)
+    line.add("base", new=2)
+    line.step()
+    assert line.names() == ["cold"]
+    assert line.reloads == ["relies"]  # in the step that put it out, so that the load runs beside the others
+    line.run()
+    assert line.reloads == ["relies"]
+    assert line.finished["cold"] < line.finished["relies"] < line.finished["base"]
+
+
+def test_a_preempted_row_whose_adapter_is_put_out_meanwhile_is_loaded_again() -> None:
+    line = Line(pages=6, page_size=4, slots={4: 1})
+    line.add("first", packed=adapter("a"), new=1)
+    line.run()
+    line.add("old", prompt=12, new=9)
+    row = line.add("row", prompt=7, new=8, packed=adapter("a"), in_slot=True)
+    line.step()
+    early = line.add("early", prompt=1, new=1, packed=adapter("b"))
+    line.scheduler.remove(early)
+    early.arrival = -1  # before the row, once that gives up its slot
+    line.scheduler.add(early)
+    while not line.scheduler.preemptions:
+        line.step()
+    assert (row.slot, row.adapter, line.reloads) == (None, None, ["row"])
+    assert line.names() == ["old", "early"]
+    tokens = list(row.tokens)
+    assert len(tokens) > 7
+    line.run()
+    assert line.reloads == ["row"]
+    assert len(row.tokens) == 15
+    assert row.tokens[: len(tokens)] == tokens
+
+
+def test_a_drained_adapter_takes_no_requests_that_rely_on_its_slot() -> None:
+    """Law 7 for requests without a host copy: they do not keep the slot that another one's starvation drains."""
+    line = Line(slots={4: 1}, rows=4, overtakes=2)
+    line.add("hot", packed=adapter("hot"), new=3)
+    line.step()
+    cold = line.add("cold", packed=adapter("cold"), new=2)
+    for step in range(40):
+        while len(line.scheduler.waiting) < 6:
+            in_slot = line.pool.find("digest of hot") is not None
+            line.add(f"hot at {line.arrivals}", packed=adapter("hot"), new=3, in_slot=in_slot)
+        line.step()
+        if "cold" in line.finished:
+            assert step <= 2 + 3 + 2 + 1
+            break
+    assert cold.request.request_id in line.finished
+    assert line.reloads, "those that relied on the drained slot"
+    line.run()
+    assert len(line.finished) == line.arrivals
+
+
 requests = st.lists(
     st.tuples(
         st.integers(0, 30),  # the step it arrives before
@@ -270,6 +376,7 @@ requests = st.lists(
         st.integers(1, 12),  # new tokens
         st.sampled_from(["", "", "a", "b", "c", "d", "E"]),  # adapter; E has the larger rank
         st.sampled_from([None, None, None, 3]),  # aborted after so many steps
+        st.booleans(),  # whether host memory has lost the adapter, if a slot has it
     ),
     max_size=16,
 )
@@ -278,7 +385,7 @@ requests = st.lists(
 @settings(deadline=None, max_examples=200)
 @given(requests, st.integers(13, 40), st.integers(1, 6), st.sampled_from([6, 9, 100]))
 def test_any_traffic_is_served_whole_and_in_bounds(
-    traffic: Iterable[tuple[int, int, int, str, int | None]], pages: int, rows: int, tokens: int
+    traffic: Iterable[tuple[int, int, int, str, int | None, bool]], pages: int, rows: int, tokens: int
 ) -> None:
     line = Line(pages=pages, page_size=4, slots={4: 2, 8: 1}, rows=rows, tokens=tokens, overtakes=2)
     todo = sorted(traffic, key=lambda entry: entry[0])
@@ -286,19 +393,22 @@ def test_any_traffic_is_served_whole_and_in_bounds(
     aborts: dict[int, Sequence] = {}
     for step in range(2000):
         while todo and todo[0][0] <= step:
-            _, prompt, new, name, abort_after = todo.pop(0)
+            _, prompt, new, name, abort_after, dropped = todo.pop(0)
             packed = adapter(name, 8 if name.isupper() else 4) if name else None
-            sequence = line.add(f"r{line.arrivals}", prompt, new, packed)
+            in_slot = dropped and packed is not None and line.pool.find(packed.digest) is not None
+            sequence = line.add(f"r{line.arrivals}", prompt, new, packed, in_slot=in_slot)
             if abort_after is None:
                 sequences.append(sequence)
             else:
                 aborts[step + abort_after] = sequence
         if (leaving := aborts.pop(step, None)) and leaving.request.request_id not in line.finished:
-            line.scheduler.remove(leaving)
+            line.remove(leaving)
+        loading = list(line.loading)
         plan = line.step()
-        if not plan.rows and not todo and not aborts:
+        if not plan.rows and not todo and not aborts and not line.loading and not loading:
             break
-        assert plan.rows or not (line.scheduler.running or line.scheduler.waiting), "work left but nothing planned"
+        left = {*line.scheduler.waiting, *line.scheduler.running}
+        assert plan.rows or left <= set(loading), "work left but nothing planned"
     for sequence in sequences:
         assert len(sequence.tokens) == sequence.max_tokens
         done = [row for step in line.steps for row in step if row[0] == sequence.request.request_id]
