@@ -21,7 +21,7 @@ from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import invalid
 from deployments.protocol.models import model_list, model_object
-from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, SamplingParams, check_length
+from engine.request import GenerationChunk, GenerationRequest, SamplingParams, check_length
 from engine.tokenizer import Tokenizer
 
 
@@ -92,10 +92,13 @@ class CompletionService:
             )
         adapter, prompts = await asyncio.gather(self._resolve(body.model), self._in_text_pool(self._prompts, body))
         for prompt in prompts:
-            try:
-                check_length(len(prompt), sampling.max_tokens, self._max_model_len, "messages" if chat else "prompt")
-            except InvalidRequest as error:
-                raise invalid(error.param, str(error), code="context_length_exceeded" if prompt else None) from None
+            check_length(
+                len(prompt),
+                sampling.max_tokens,
+                self._max_model_len,
+                "messages" if chat else "prompt",
+                body.max_tokens_field,
+            )
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         streams: list[AsyncGenerator[GenerationChunk]] = []
         for number, prompt in enumerate(prompts):
@@ -163,9 +166,10 @@ class CompletionService:
         return await asyncio.get_running_loop().run_in_executor(pool, self._catalog.resolve_ref, model, ref)
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
+        most = self._max_model_len
         if isinstance(body, ChatBody):
-            return [self._tokenizer.encode_chat(body.plain_messages(), **body.template_arguments())]
-        return [self._tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompts()]
+            return [self._tokenizer.encode_chat(body.plain_messages(), most, **body.template_arguments())]
+        return [self._tokenizer.encode(p, most_tokens=most) if isinstance(p, str) else p for p in body.prompts()]
 
     def _echoes(self, body: CompletionBody) -> list[str]:
         return [p if isinstance(p, str) else self._tokenizer.decode(p) for p in body.prompts()]

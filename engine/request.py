@@ -8,18 +8,23 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # OpenAI's name
 _INT64 = 2**63 - 1  # what a step's tensors hold
 
 
 class InvalidRequest(ValueError):
-    """A request that can never run as asked (HTTP 400). ``param`` names the offending field."""
+    """A request that can never run as asked (HTTP 400). ``param`` names the offending field.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    code: ``CONTEXT_LENGTH_EXCEEDED`` for what does not fit the context, else None.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
-    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, str | None]]:
-        return (type(self), (self.args[0], self.param))
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, str | None, str | None]]:
+        return (type(self), (self.args[0], self.param, self.code))
 
 
 class EngineOverloaded(RuntimeError):
@@ -161,10 +166,13 @@ class GenerationChunk:
         return cls(**values)
 
 
-def check_length(prompt_tokens: int, max_tokens: int | None, limit: int, param: str = "prompt") -> int:
+def check_length(
+    prompt_tokens: int, max_tokens: int | None, limit: int, param: str = "prompt", max_tokens_param: str = "max_tokens"
+) -> int:
     """How many tokens, prompt and completion together, a request may come to in a context of ``limit`` tokens.
 
-    ``max_tokens`` None fills the context. ``param`` is what the client calls its prompt ("prompt", "messages").
+    ``max_tokens`` None fills the context. ``param`` is what the client calls its prompt ("prompt", "messages"),
+    ``max_tokens_param`` what it calls max_tokens.
     Raises InvalidRequest with the numbers for an empty prompt and for what does not fit.
     """
     if prompt_tokens == 0:
@@ -174,13 +182,15 @@ def check_length(prompt_tokens: int, max_tokens: int | None, limit: int, param: 
             f"the prompt has {prompt_tokens} tokens but the context is {limit} tokens, completion included: "
             f"shorten it by {prompt_tokens - limit + 1} or more",
             param,
+            CONTEXT_LENGTH_EXCEEDED,
         )
     total = limit if max_tokens is None else prompt_tokens + max_tokens
     if total > limit:
         raise InvalidRequest(
-            f"the prompt's {prompt_tokens} tokens and max_tokens {max_tokens} exceed the context of {limit} tokens: "
-            f"lower max_tokens to {limit - prompt_tokens} or less",
-            "max_tokens",
+            f"the prompt's {prompt_tokens} tokens and {max_tokens_param} {max_tokens} exceed the context of {limit} "
+            f"tokens: lower {max_tokens_param} to {limit - prompt_tokens} or less",
+            max_tokens_param,
+            CONTEXT_LENGTH_EXCEEDED,
         )
     return total
 

@@ -11,7 +11,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from engine.chat_template import ChatTemplate
-from engine.request import InvalidRequest
+from engine.request import CONTEXT_LENGTH_EXCEEDED, InvalidRequest
+from engine.token_bytes import most_bytes_per_token
 
 # Vocabularies that need another library to read; the remedy is the same for all.
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "spiece.model")
@@ -40,6 +41,7 @@ class Tokenizer:
         self._backend = backend
         self._template = template
         self._token_texts: dict[int, str] = {}
+        self._most_bytes_per_token = most_bytes_per_token(backend)
         self.special_tokens = dict(special_tokens)
         self.eos_token_ids = eos_token_ids
         self.name = name
@@ -83,19 +85,32 @@ class Tokenizer:
             name=folder.name,
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, most_tokens: int | None = None, param: str = "prompt"
+    ) -> list[int]:
         """Token ids, with special tokens round the text as the model's post-processor says.
 
-        Raises InvalidRequest for a lone surrogate, which JSON can carry but UTF-8 cannot.
+        Other threads run meanwhile. most_tokens: refuse text that surely has more, without tokenizing it (other text
+        may have more all the same). param: what the client calls this text.
+        Raises InvalidRequest for such text, and for a lone surrogate, which JSON can carry but UTF-8 cannot.
         """
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"the text holds a lone surrogate, {text[error.start]!r}, at character {error.start}: no valid Unicode",
-                "prompt",
+                param,
             ) from error
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        most = self._most_bytes_per_token
+        if most_tokens is not None and most is not None and size > most_tokens * most:
+            raise InvalidRequest(
+                f"the prompt has {size} bytes, too many for a context of {most_tokens} tokens, completion included: "
+                f"no token of {self.name} stands for more than {most}",
+                param,
+                CONTEXT_LENGTH_EXCEEDED,
+            )
+        # Alone of encode's kind, the batch methods give the GIL back; this one also leaves out offsets, unused here.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -112,9 +127,15 @@ class Tokenizer:
         """The chat template's text: see ``ChatTemplate.render`` for the options and errors."""
         return self._template.render(messages, **options)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of the rendered chat. The template writes the special tokens itself, so none are added."""
-        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], most_tokens: int | None = None, /, **options: Any
+    ) -> list[int]:
+        """Token ids of the rendered chat. The template writes the special tokens itself, so none are added.
+
+        most_tokens: as for ``encode``. options and errors: ``render_chat``'s, and ``encode``'s with param "messages".
+        """
+        text = self.render_chat(messages, **options)
+        return self.encode(text, add_special_tokens=False, most_tokens=most_tokens, param="messages")
 
 
 def _read(file: Path) -> dict[str, Any]:

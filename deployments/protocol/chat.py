@@ -65,6 +65,11 @@ class ChatBody(GenerationBody):
             raise invalid("top_logprobs", "top_logprobs is only allowed together with logprobs=true")
         return self
 
+    @property
+    def max_tokens_field(self) -> str:
+        """What the client calls the completion's limit."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
     def template_arguments(self) -> dict[str, Any]:
         """What ``Tokenizer.encode_chat`` takes beside the messages."""
         taken = {"self", "messages", "tools", "documents"}

@@ -96,6 +96,11 @@ class GenerationBody(BaseModel):
         return self
 
     @property
+    def max_tokens_field(self) -> str:
+        """What the client calls the completion's limit."""
+        return "max_tokens"
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 

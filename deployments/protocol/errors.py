@@ -61,7 +61,7 @@ def from_exception(error: Exception) -> ApiError:
         case ApiError():
             return error
         case InvalidRequest():
-            return invalid(error.param, str(error))
+            return invalid(error.param, str(error), code=error.code)
         case AdapterError():
             return _adapter_error(error)
         case EngineOverloaded():

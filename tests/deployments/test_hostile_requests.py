@@ -66,6 +66,31 @@ async def test_what_does_not_fit_the_context_has_openais_code(http):
     assert (await post(http, max_tokens=0))[1]["code"] is None
 
 
+async def test_text_that_cannot_fit_is_refused_without_being_tokenized(http):
+    text = "robot, " * 5000
+    chat = {"messages": [{"role": "user", "content": text}], "chat_template_kwargs": {"most_tokens": 10**9}}
+    for path, body, param in (
+        ("/v1/completions", {"prompt": ["fine", text]}, "prompt"),
+        ("/v1/chat/completions", chat, "messages"),
+    ):
+        status, error = await post(http, path, **body)
+        assert (status, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+        assert "bytes, too many" in error["message"] and len(error["message"]) < 1000
+
+
+async def test_a_lone_surrogate_is_refused_naming_what_the_client_sent(http):
+    chat = {"messages": [{"role": "user", "content": "a\ud800b"}]}
+    for path, body, param in (
+        ("/v1/completions", {"prompt": "a\ud800b"}, "prompt"),
+        ("/v1/chat/completions", chat, "messages"),
+    ):
+        content = json.dumps({"model": BASE_MODEL, "max_tokens": 1} | body).encode()
+        response = await http.post(path, content=content, headers=JSON)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, param, None)
+        assert "lone surrogate" in error["message"]
+
+
 async def test_a_body_over_the_limit_is_413_by_its_declared_length_and_by_its_real_one(http, service):
     limit = service.limits.max_body_bytes
     whole = json.dumps({"model": BASE_MODEL, "prompt": PROMPT, "max_tokens": 1}).encode()

@@ -137,6 +137,12 @@ async def test_a_prompt_longer_than_the_context_names_what_the_client_sent(http)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
     response = await complete(http, max_tokens=10_000)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "max_tokens")
+    for sent in ({"max_completion_tokens": 10_000}, {"max_completion_tokens": 10_000, "max_tokens": 1}):
+        error = (await chat(http, **sent)).json()["error"]
+        assert (error["param"], error["code"]) == ("max_completion_tokens", "context_length_exceeded")
+        assert "lower max_completion_tokens to" in error["message"]
+    error = (await chat(http, max_tokens=10_000)).json()["error"]
+    assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
 
 
 async def test_an_unreachable_source_is_503_with_retry_after(http):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 
-from engine.request import InvalidRequest, SamplingParams
+from engine.request import InvalidRequest, SamplingParams, check_length
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,24 @@ def test_a_parameter_out_of_range_or_of_another_type_is_refused_by_name(name: st
 def test_the_largest_and_smallest_values_are_taken(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
     assert {name: getattr(params, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("lengths", "param", "code"),
+    [
+        ((0, 1, 10), "messages", None),
+        ((10, None, 10), "messages", "context_length_exceeded"),
+        ((9, 2, 10), "max_completion_tokens", "context_length_exceeded"),
+    ],
+)
+def test_a_length_that_does_not_fit_names_what_the_client_sent(lengths: Any, param: str, code: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_length(*lengths, "messages", "max_completion_tokens")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.param, again.code, str(again)) == (param, code, str(caught.value))
+    if param.startswith("max"):
+        assert "lower max_completion_tokens to 1 or less" in str(again)
+
+
+def test_lengths_that_fit() -> None:
+    assert check_length(9, 1, 10) == check_length(9, None, 10) == 10

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +304,41 @@ def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
 def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"lone surrogate.*character 2"):
         Tokenizer.from_dir(train(tmp_path / "m")).encode("ab\ud800c")
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_dir(train(tmp_path / "m", template="{{ messages[0].content }}"))
+    longest = len("<|im_start|>")
+    fits = "<|im_start|>" * 10
+    assert len(tokenizer.encode(fits, most_tokens=10)) == 10
+    with pytest.raises(InvalidRequest, match=rf"121 bytes, too many.*10 tokens.*more than {longest}") as caught:
+        tokenizer.encode(fits + "x", most_tokens=10)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(InvalidRequest, match="121 bytes") as caught:
+        tokenizer.encode_chat([{"role": "user", "content": fits + "x"}], 10)
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+    assert len(tokenizer.encode_chat([{"role": "user", "content": fits}], 10)) == 10
+    assert len(tokenizer.encode(fits + "x")) == 11
+
+
+def test_text_is_never_refused_where_a_token_may_swallow_more_of_it(tmp_path: Path) -> None:
+    added = {"900": {"content": "<wide>", "special": True, "lstrip": True, "rstrip": False, "normalized": False}}
+    tokenizer = Tokenizer.from_dir(train(tmp_path / "m", {"added_tokens_decoder": added}))
+    assert len(tokenizer.encode(" " * 1000 + "<wide>", most_tokens=1)) == 1
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_dir(train(tmp_path / "m"))
+    text = "The old robot eats in the school. " * 40_000
+    worker = threading.Thread(target=tokenizer.encode, args=(text,))
+    start = last = time.perf_counter()
+    worker.start()
+    longest_wait = 0.0
+    while worker.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest_wait, last = max(longest_wait, now - last), now
+    assert longest_wait < (last - start) / 2
 
 
 def test_transformers_and_torch_are_not_imported() -> None:
