@@ -15,6 +15,8 @@ from deployments.protocol.errors import ReplicaLost
 from engine.request import EngineDead, EngineOverloaded, GenerationChunk, GenerationRequest
 
 RETRIES = 2
+# Engines that one request may find broken: it may be what breaks them, and each costs everybody a replica.
+BROKEN_ENGINES = 2
 
 
 class _Cut(Exception):
@@ -57,8 +59,10 @@ class Fleet:
         self, request: GenerationRequest, model: str, *, whole: bool = False
     ) -> AsyncGenerator[GenerationChunk]:
         """See ``Generator``. A request of which nothing was given out yet goes to another replica, twice at most,
-        when its replica dies or has a full queue."""
+        when its replica dies or has a full queue; but once only when its replica's engine breaks, which the request
+        itself may have caused."""
         avoid: list[str] = []
+        broken = 0
         for attempt in range(RETRIES + 1):
             started = False
             try:
@@ -72,6 +76,11 @@ class Fleet:
                     raise
                 if started:
                     raise ReplicaLost("the replica that ran this request died", started=True) from error
+                broken += isinstance(error, EngineDead)
+                if broken == BROKEN_ENGINES:
+                    raise ReplicaLost(
+                        "the engines of two replicas stopped while they had this request", started=False
+                    ) from error
                 if attempt == RETRIES or len(set(avoid)) < len(avoid):  # or there is no other replica to try
                     if isinstance(error, EngineOverloaded):
                         raise

@@ -123,6 +123,28 @@ async def test_a_replica_with_a_dead_engine_is_avoided():
     assert caught.value.started
 
 
+async def test_a_request_that_breaks_engines_takes_down_two_at_most():
+    dead = EngineDead("the step loop broke")
+    handle = Handle([refusal(dead, "r1")], [refusal(dead, "r2")], [LAST])
+    with pytest.raises(ReplicaLost, match="two") as caught:
+        await collect(handle)
+    assert not caught.value.started and isinstance(caught.value.__cause__, EngineDead)
+    assert [avoid for _, avoid in handle.calls] == [(), ("r1",)]
+
+
+@pytest.mark.parametrize("other", [[ActorDiedError()], [refusal(EngineOverloaded("full"), "r2")]])
+async def test_other_losses_leave_a_broken_engine_its_one_retry(other):
+    broken = [refusal(EngineDead("the step loop broke"), "r1")]
+    for script in ([other, broken, [LAST]], [broken, other, [LAST]]):
+        handle = Handle(*script)
+        assert await collect(handle) == [LAST]
+        assert len(handle.calls) == 3
+    handle = Handle(broken, other, [refusal(EngineDead("the step loop broke"), "r3")], [LAST])
+    with pytest.raises(ReplicaLost, match="two"):
+        await collect(handle)
+    assert len(handle.calls) == 3
+
+
 async def test_refusals_are_told_at_once_under_the_clients_name():
     handle = Handle([refusal(AdapterRefused("local:/secret/path", "it uses DoRA"))])
     with pytest.raises(AdapterRefused) as caught:
