@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -14,7 +14,8 @@ from engine.request import GenerationChunk
 class Generation:
     """The choices of one request (prompts x n, prompt by prompt), each a stream of chunks.
 
-    id, created, model: what the answer says. echoes: by choice, the text that goes before it.
+    id, created, model: what the answer says. echoes: by choice, the text that goes before it. token_bytes: the bytes
+    of a token id, None where the tokenizer does not tell.
     """
 
     id: str
@@ -23,6 +24,7 @@ class Generation:
     streams: Sequence[AsyncGenerator[GenerationChunk]]
     n: int = 1
     echoes: Sequence[str] = ()
+    token_bytes: Callable[[int], bytes | None] = lambda _: None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     _firsts: list[GenerationChunk] = field(default_factory=list)

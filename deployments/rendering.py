@@ -100,7 +100,7 @@ class ChatRendering:
         return self._envelope([], streamed=True)
 
     def _logs(self, chunk: GenerationChunk) -> dict[str, Any] | None:
-        return chat.logprobs_object(chunk.logprobs) if self._logprobs else None
+        return chat.logprobs_object(chunk.logprobs, self._generation.token_bytes) if self._logprobs else None
 
     def _envelope(self, choices: list[dict[str, Any]], *, streamed: bool) -> dict[str, Any]:
         generation = self._generation

@@ -114,7 +114,8 @@ class CompletionService:
                 streams.append(self._generate(request, body.model, whole=not stream))
         echoes = await self._in_text_pool(self._echoes, body) if isinstance(body, CompletionBody) and body.echo else []
         echoes = [text for text in echoes for _ in range(n)]
-        generation = Generation(request_id, int(time.time()), body.model, streams, n, echoes)
+        created = int(time.time())
+        generation = Generation(request_id, created, body.model, streams, n, echoes, self._tokenizer.token_bytes)
         await generation.begin()
         return generation
 

@@ -28,9 +28,9 @@ _BYTE_OF_CHAR = _byte_of_char()
 
 
 def raw_bytes(backend: tokenizers.Tokenizer, content: str) -> bytes | None:
-    """The bytes of a vocabulary entry, of parts of characters too; None when the decoder is of no known kind."""
-    kinds = {step["type"] for step in _steps(backend.decoder, "decoders")}
-    if "ByteLevel" in kinds and all(char in _BYTE_OF_CHAR for char in content):
+    """The bytes of a vocabulary entry, of parts of characters too; None when the decoder does not simply tell them."""
+    kinds = [step["type"] for step in _steps(backend.decoder, "decoders")]
+    if kinds == ["ByteLevel"] and all(char in _BYTE_OF_CHAR for char in content):
         return bytes(_BYTE_OF_CHAR[char] for char in content)
     if "ByteFallback" in kinds and (found := _BYTE_TOKEN.fullmatch(content)):
         return bytes([int(found[1], 16)])

@@ -12,10 +12,12 @@ from tokenizers import AddedToken
 
 from engine.chat_template import ChatTemplate
 from engine.request import CONTEXT_LENGTH_EXCEEDED, InvalidRequest
-from engine.token_bytes import most_bytes_per_token
+from engine.token_bytes import most_bytes_per_token, raw_bytes
 
 # Vocabularies that need another library to read; the remedy is the same for all.
 _OTHER_FORMATS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json", "spiece.model")
+
+_BROKEN = "\ufffd"  # what bytes decode to that are no character
 
 
 class Tokenizer:
@@ -122,6 +124,14 @@ class Tokenizer:
         if text is None:
             text = self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes behind ``token_text``, also where they are only a part of a character; None when unknown."""
+        text = self.token_text(token_id)
+        if _BROKEN not in text:
+            return text.encode()
+        content = self._backend.id_to_token(token_id)
+        return None if content is None else raw_bytes(self._backend, content)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The chat template's text: see ``ChatTemplate.render`` for the options and errors."""

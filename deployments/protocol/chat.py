@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -81,8 +81,9 @@ class ChatBody(GenerationBody):
         return {**own, **extra}
 
     def plain_messages(self) -> list[dict[str, Any]]:
-        """The messages as the chat template reads them."""
-        return [message.model_dump(exclude_unset=True) for message in self.messages]
+        """The messages as the chat template reads them. OpenAI's newer "developer" is what templates call "system"."""
+        plain = [message.model_dump(exclude_unset=True) for message in self.messages]
+        return [{**message, "role": "system"} if message["role"] == "developer" else message for message in plain]
 
     def sampling_params(self) -> SamplingParams:
         """The engine's parameters. Raises InvalidRequest naming the field that is out of range."""
@@ -98,14 +99,18 @@ class ChatBody(GenerationBody):
         return self.sampling(max_tokens=wanted, logprobs=top)
 
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def logprobs_object(tokens: Sequence[TokenLogprob], token_bytes: Callable[[int], bytes | None]) -> dict[str, Any]:
+    """OpenAI's ``logprobs`` of a chat choice.
 
+    token_bytes: the bytes of a token id, which text cannot say of a part of a character; ``bytes`` is null for None.
+    """
 
-def logprobs_object(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """OpenAI's ``logprobs`` of a chat choice."""
+    def entry(token_id: int, logprob: float, text: str) -> dict[str, Any]:
+        raw = token_bytes(token_id)
+        return {"token": text, "logprob": logprob, "bytes": None if raw is None else list(raw)}
+
     content = [
-        {**_entry(token.text, token.logprob), "top_logprobs": [_entry(text, value) for _, value, text in token.top]}
+        {**entry(token.token_id, token.logprob, token.text), "top_logprobs": [entry(*likely) for likely in token.top]}
         for token in tokens
     ]
     return {"content": content, "refusal": None}

@@ -103,6 +103,29 @@ async def test_chat_log_probabilities(http):
     )
 
 
+async def test_chat_log_probabilities_carry_the_bytes_of_parts_of_characters(http):
+    ask = {"logprobs": True, "top_logprobs": 20, "temperature": 5.0, "seed": 3, "max_tokens": 100, "ignore_eos": True}
+    whole = (await chat(http, **ask)).json()["choices"][0]["logprobs"]["content"]
+    entries = [entry for token in whole for entry in (token, *token["top_logprobs"])]
+    assert all(bytes(entry["bytes"]).decode(errors="replace") == entry["token"] for entry in entries)
+    parts = [bytes(entry["bytes"]) for entry in entries if "\ufffd" in entry["token"]]
+    assert parts and "\ufffd".encode() not in parts
+    assert any("\ufffd" in token["token"] for token in whole), "chosen tokens too"
+    events = events_of(await chat(http, stream=True, **ask))
+    deltas = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+    assert [token for delta in deltas for token in delta["content"]] == whole
+
+
+async def test_the_developer_is_the_system(http):
+    def messages(role):
+        return [{"role": role, "content": "spanish"}, {"role": "user", "content": PROMPT}]
+
+    system, developer = [(await chat(http, messages=messages(role))).json() for role in ("system", "developer")]
+    assert developer["choices"] == system["choices"] and developer["usage"] == system["usage"]
+    tool = await chat(http, messages=messages("tool"))
+    assert (tool.status_code, tool.json()["error"]["param"]) == (400, "messages"), "this template takes no other role"
+
+
 async def test_a_stream_of_several_choices_with_echo_and_usage(http):
     response = await complete(http, model="mirror", n=2, echo=True, stream=True, stream_options={"include_usage": True})
     events = events_of(response)

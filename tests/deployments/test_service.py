@@ -7,9 +7,11 @@ import pytest
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterChanged
 from adapter_store.settings import StoreSettings
+from deployments.protocol.chat import logprobs_object
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError
 from deployments.service import CompletionService
+from engine.request import TokenLogprob
 from examples.demo.words import answer, held_out_prompts
 
 from .conftest import DEMO, STORE
@@ -75,3 +77,10 @@ def test_an_adapter_named_like_the_base_model_is_refused_at_the_start(fleet):
     store = StoreSettings(folders=STORE.folders, adapters={"base": f"local:{DEMO / 'adapters' / 'shout'}"})
     with pytest.raises(ValueError, match="'base' like the base model"):
         CompletionService("base", DEMO / "model", Catalog(store), fleet, 512)
+
+
+def test_the_bytes_of_a_token_are_null_where_the_tokenizer_does_not_tell():
+    tokens = [TokenLogprob(5, -0.5, "\ufffd", ((5, -0.5, "\ufffd"), (6, -1.0, "a")))]
+    (token,) = logprobs_object(tokens, {6: b"a"}.get)["content"]
+    assert token["bytes"] is None
+    assert [likely["bytes"] for likely in token["top_logprobs"]] == [None, [97]]

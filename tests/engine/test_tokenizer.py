@@ -344,3 +344,23 @@ def test_other_threads_run_while_a_long_text_is_tokenized(tmp_path: Path) -> Non
 def test_transformers_and_torch_are_not_imported() -> None:
     code = "import sys, engine.tokenizer; print(sorted({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_the_bytes_of_a_token_are_those_of_parts_of_characters_too(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_dir(train(tmp_path / "m"))
+    text = "ñandú 机 🦋 \ufffd<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert b"".join(tokenizer.token_bytes(token) or b"?" for token in ids) == text.encode()
+    assert sum("\ufffd" in tokenizer.token_text(token) for token in ids) > 3
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b"", "an id of the model without a token decodes to nothing"
+
+
+def test_bytes_that_the_tokenizer_does_not_tell_are_none(tmp_path: Path) -> None:
+    folder = train(tmp_path / "m")
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    part = backend.encode("🦋").ids[-1]
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("x", "y")])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_dir(folder)
+    assert tokenizer.token_text(part) == "\ufffd" and tokenizer.token_bytes(part) is None
+    assert tokenizer.token_bytes(backend.encode("x").ids[0]) == b"y"
