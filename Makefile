@@ -38,6 +38,7 @@ serve: export RAY_SERVE_USE_GRPC_BY_DEFAULT ?= 1
 serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
 serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
 serve: $(VENV)/.serve
+	$(BIN)/python -m deployments.check $(CONFIG)
 	$(BIN)/serve run $(CONFIG)
 
 test: test-kernels test-rest

@@ -60,7 +60,9 @@ class Catalog:
         known = self.names()
         some = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise AdapterNotFound(
-            name, f"there is no adapter of this name; known ones: {some or 'none'}; add it under adapters or folders"
+            name,
+            f"there is no adapter of this name; known ones: {some or 'none'}; "
+            "declare it under adapters or put it in an adapter folder",
         )
 
     def resolve(self, name: str) -> ResolvedAdapter:

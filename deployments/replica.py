@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -19,6 +20,8 @@ from deployments.residency_feed import HUB_NAME, ResidencyPublisher
 from deployments.settings import FleetSettings
 from engine.engine import Engine
 from engine.request import EngineDead, EngineOverloaded, GenerationRequest
+
+logger = logging.getLogger("ray.serve")
 
 
 class LoraReplica:
@@ -39,6 +42,7 @@ class LoraReplica:
         self._engine = Engine(engine_settings, self._on_residency)
         await self._engine.start()
         self._publisher = ResidencyPublisher(self._news, lambda: serve.get_deployment_actor(HUB_NAME))
+        logger.info("ready: %s can be asked now", parsed.base_model_name)
 
     async def stream(
         self, request: dict[str, Any], whole: bool = False, avoid: tuple[str, ...] = ()

@@ -171,7 +171,8 @@ class FleetSettings(_Section):
     def engine_settings(self) -> EngineSettings:
         """For one replica, on this machine. A replica without a GPU of its own stays off every GPU."""
         values = self.engine.model_dump()
-        values["model_name"] = values["model_name"] or self.model_name
+        if values["model_name"] is None:  # an empty name stands for "compare nothing"
+            values["model_name"] = self.model_name
         gpus = self.replicas.num_gpus
         if gpus != "auto":
             if values["device"] == "auto":

@@ -1,7 +1,7 @@
 """Generate from another Ray application, through the server's Serve handle.
 
-    python examples/handle_client.py                 # on the machine where `serve run serve_config.yaml` runs
-    RAY_ADDRESS=<head>:6379 python examples/handle_client.py
+    .venv/bin/python examples/handle_client.py                 # on the machine where `serve run serve_config.yaml` runs
+    RAY_ADDRESS=<head>:6379 .venv/bin/python examples/handle_client.py
 
 The process needs Ray and nothing else of the server. RAY_AUTH_MODE must be set as it is for the server.
 """

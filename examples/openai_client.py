@@ -1,6 +1,6 @@
 """Talk to a running server with the openai package: pip install openai.
 
-python examples/openai_client.py [http://127.0.0.1:8000]
+.venv/bin/python examples/openai_client.py [http://127.0.0.1:8000]
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_allowed_hub_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_unknown_name_is_told_what_there_is(tmp_path: Path) -> None:
     adapters = {f"a{number:02}": "hub:acme/x" for number in range(12)}
-    with pytest.raises(AdapterNotFound, match=r"a00, a01.*a09, \.\.\.; add it"):
+    with pytest.raises(AdapterNotFound, match=r"a00, a01.*a09, \.\.\.; declare it"):
         Catalog(StoreSettings(root=tmp_path, adapters=adapters)).resolve("b")
     with pytest.raises(AdapterNotFound, match="none"):
         Catalog(StoreSettings(root=tmp_path)).resolve("b")

@@ -83,6 +83,13 @@ def test_auto_is_one_gpu_where_the_cluster_has_enough_and_a_share_where_not(gpus
     assert engine.kv_memory_fraction == pytest.approx(0.8 * (expected or 1.0))
 
 
+def test_an_empty_engine_model_name_compares_nothing():
+    named = {"model_name": "served", "engine": {"model_name": ""}}
+    assert settings(**named).engine_settings().model_name == ""
+    assert settings(model_name="served").engine_settings().model_name == "served"
+    assert settings().engine_settings().model_name is None
+
+
 def test_a_number_of_gpus_and_a_device_are_taken_as_they_are():
     assert settings(replicas={"num_gpus": 0.5}).resolved(8).replicas.num_gpus == 0.5
     assert settings(replicas={"num_gpus": 0}).resolved(8).engine_settings().device == "cpu"

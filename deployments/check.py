@@ -1,0 +1,115 @@
+"""Look at a configuration file before Serve does, where a mistake can still stop the start.
+
+    python -m deployments.check serve_config.yaml
+
+Prints one line a mistake and exits with 1. Ray Serve itself reports a bad ``args`` in its log and keeps running, and
+shares a port that another server listens on without a word.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from adapter_store.digest import CONFIG_FILE
+from adapter_store.source import AdapterRef
+from deployments.settings import FleetSettings
+from engine.spec import ModelSpec
+
+OURS = "deployments.app:build"
+
+
+def mistakes(file: Path) -> Iterator[str]:
+    """What is wrong with the file, and with what it points to on this machine."""
+    try:
+        config = yaml.safe_load(file.read_text())
+        schema = ServeDeploySchema.model_validate(config)
+    except (OSError, yaml.YAMLError) as error:
+        yield str(error)
+        return
+    except ValidationError as error:
+        yield from _told(error, "", ServeDeploySchema)
+        return
+    if taken := _port_taken(schema.http_options.host, schema.http_options.port):
+        yield taken
+    for application in schema.applications:
+        if application.import_path == OURS:
+            yield from application_mistakes(application.args)
+
+
+def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the ``args`` of one application."""
+    try:
+        settings = FleetSettings.model_validate(args)
+    except ValidationError as error:
+        yield from _told(error, "args.", FleetSettings)
+        return
+    try:
+        spec = ModelSpec.from_dir(settings.model_folder())
+    except (OSError, ValueError) as error:
+        yield f"args.model: {error}"
+    else:
+        asked = settings.engine_settings().max_model_len
+        if asked is not None and asked > spec.max_position_embeddings:
+            yield f"args.engine.max_model_len: {asked} is more than the model's {spec.max_position_embeddings}"
+    store = settings.store_settings()
+    for folder in settings.adapter_folders:
+        if not store.path(folder).is_dir():
+            yield f"args.adapter_folders: there is no folder {store.path(folder)}"
+    for name, text in settings.adapters.items():
+        ref = AdapterRef.parse(text)
+        if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():
+            yield f"args.adapters[{name!r}]: there is no {CONFIG_FILE} in {store.path(ref.id)}"
+
+
+def _told(error: ValidationError, before: str, model: type[BaseModel]) -> Iterator[str]:
+    for one in error.errors():
+        where = [str(part) for part in one["loc"]]
+        message = one["msg"].removeprefix("Value error, ")
+        if one["type"] == "extra_forbidden":
+            message = f"unknown key; known are {', '.join(_keys(model, where[:-1]))}"
+        place = f"{before}{'.'.join(where)}".rstrip(".")
+        yield f"{place}: {message}"
+
+
+def _keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys of the section at ``path``."""
+    for part in path:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return sorted(model.model_fields)
+
+
+def _port_taken(host: str | None, port: int | None) -> str | None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host or "127.0.0.1", port or 8000))
+        except OSError as error:
+            reason = f"{host}:{port} cannot be used ({error.strerror})"
+            return f"http_options: {reason}: stop what listens there, or change port"
+    return None
+
+
+def main() -> None:
+    """Check the file that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m deployments.check FILE")
+    file = Path(sys.argv[1])
+    found = list(mistakes(file))
+    for mistake in found:
+        print(f"{file}: {mistake}", file=sys.stderr)
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""``python -m deployments.check``: what it says of a configuration file, and that it says so by its exit code."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.check import application_mistakes, mistakes
+
+ROOT = Path(__file__).parents[2]
+
+
+def config(tmp_path, port=None, **args):
+    made = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        made["http_options"]["port"] = port or probe.getsockname()[1]
+    made["applications"][0]["args"] |= args
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(made))
+    return file
+
+
+def test_the_shipped_configuration_has_no_mistake(tmp_path):
+    assert list(mistakes(config(tmp_path))) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"replicas": {"num_repicas": 1}}, "args.replicas.num_repicas: unknown key; known are graceful_shutdown"),
+        ({"modle": "x"}, "args.modle: unknown key; known are adapter_folders, adapters, allow, engine,"),
+        ({"engine": {"max_rows": 0}}, "args: engine: max_rows is 0"),
+        ({"model": "/no/such/model"}, "args.model: "),
+        ({"engine": {"max_model_len": 100_000}}, "args.engine.max_model_len: 100000 is more than the model's 512"),
+        ({"adapter_folders": ["/does/not/exist"]}, "args.adapter_folders: there is no folder /does/not/exist"),
+        ({"adapters": {"gone": "local:/no/folder"}}, "args.adapters['gone']: there is no adapter_config.json in /no/"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(args, said):
+    found = list(application_mistakes({"model": "examples/demo/model"} | args))
+    assert len(found) == 1 and found[0].startswith(said), found
+
+
+def test_a_port_that_is_taken_is_told(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (found,) = mistakes(config(tmp_path, port))
+    assert f"127.0.0.1:{port} cannot be used" in found
+
+
+def test_the_exit_code_stops_a_start(tmp_path):
+    file = config(tmp_path, engine={"max_row": 4})
+    ended = subprocess.run(
+        [sys.executable, "-m", "deployments.check", str(file)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"{file}: args.engine.max_row: unknown key")
+    assert "Traceback" not in ended.stderr
