@@ -81,6 +81,10 @@ class Catalog:
         """The files of ``resolved``, brought here if need be; see ``AdapterSource.fetch``."""
         return self._sources[resolved.ref.source].fetch(resolved, max_weights_bytes)
 
+    def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
+        """Whether ``fetch`` of this content needs no network."""
+        return self._sources[ref.source].at_hand(digest)
+
     def close(self) -> None:
         """Close the sources."""
         for source in self._sources.values():

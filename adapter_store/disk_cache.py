@@ -33,7 +33,7 @@ class DiskCache:
     def read(self, digest: str, name: str, max_weights_bytes: int | None) -> CheckpointFiles | None:
         """The content of ``digest``, verified, or None. An entry that is damaged is removed."""
         folder = self._root / digest
-        if not folder.is_dir():
+        if not self.holds(digest):
             return None
         try:
             files = CheckpointFiles.read(folder, name, max_weights_bytes)
@@ -49,6 +49,10 @@ class DiskCache:
             now = time.time_ns()  # finer than the clock tick that the system would stamp
             os.utime(folder, ns=(now, now))
         return files
+
+    def holds(self, digest: str) -> bool:
+        """Whether there is an entry of ``digest`` now, not verified."""
+        return (self._root / digest).is_dir()
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

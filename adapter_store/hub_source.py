@@ -80,6 +80,10 @@ class HubSource:
             raise AdapterUnavailable(resolved.name, "it left the disk cache while it was read; enlarge cache_bytes")
         return files
 
+    def at_hand(self, digest: str | None) -> bool:
+        """Whether the content was downloaded before; unknown content was not."""
+        return digest is not None and self._disk.holds(digest)
+
     def close(self) -> None:
         """Nothing is held open: connections belong to the Hub library's session."""
 

@@ -70,6 +70,11 @@ class LocalSource:
             )
         return files
 
+    def at_hand(self, digest: str | None) -> bool:
+        """Always: a folder is on this machine, or mounted as if it were."""
+        del digest
+        return True
+
     def close(self) -> None:
         """Nothing is held open."""
 

@@ -85,6 +85,10 @@ class AdapterSource(Protocol):
         """
         ...
 
+    def at_hand(self, digest: str | None) -> bool:
+        """Whether ``fetch`` of this content needs no network. May be wrong by the time it is called."""
+        ...
+
     def close(self) -> None:
         """Give back what the source holds open."""
         ...

@@ -78,6 +78,14 @@ class AdapterStore:
         except AdapterError as error:  # a follower shares the failure, not the other caller's name
             raise error.named(resolved.name) from None
 
+    def at_hand(self, adapter: str, digest: str | None = None) -> bool:
+        """Whether ``load`` of the same arguments needs no network: it is on this machine, or refused without asking."""
+        try:
+            ref = _trusted_ref(adapter, digest) or self.catalog.find(adapter)
+        except AdapterNotFound:
+            return True
+        return self.catalog.at_hand(ref, digest)
+
     def close(self) -> None:
         """Close the sources and drop the host cache."""
         self.catalog.close()
@@ -86,15 +94,9 @@ class AdapterStore:
     def _resolve(self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None) -> ResolvedAdapter:
         if isinstance(adapter, ResolvedAdapter):
             return adapter
-        if isinstance(adapter, AdapterRef):
-            ref = adapter
-        elif digest is not None and adapter.startswith(("hub:", "local:")):
-            try:
-                ref = AdapterRef.parse(adapter)
-            except ValueError as error:
-                raise AdapterNotFound(adapter, str(error)) from error
-        else:
-            return self.catalog.resolve(adapter)
+        ref = adapter if isinstance(adapter, AdapterRef) else _trusted_ref(adapter, digest)
+        if ref is None:
+            return self.catalog.resolve(str(adapter))
         if digest is not None and (ref.pinned or ref.source == "local"):
             # Resolved elsewhere: fetching verifies the digest, so nothing needs to be asked or hashed twice.
             return ResolvedAdapter(str(adapter), self.catalog.rooted(ref), digest)
@@ -117,6 +119,16 @@ class AdapterStore:
             raise
         self.host_cache.put(packed)
         return packed
+
+
+def _trusted_ref(adapter: str, digest: str | None) -> AdapterRef | None:
+    """The reference that a string is, if it came with a digest: only someone who resolved it knows that."""
+    if digest is None or not adapter.startswith(("hub:", "local:")):
+        return None
+    try:
+        return AdapterRef.parse(adapter)
+    except ValueError as error:
+        raise AdapterNotFound(adapter, str(error)) from error
 
 
 class RecentRefusals:

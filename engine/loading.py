@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from adapter_store.errors import AdapterError, AdapterUnavailable
@@ -20,7 +20,8 @@ _Key = tuple[str, str | None]  # the name asked for, and the digest if the calle
 class AdapterLoads:
     """Loads under way and who waits for them. Called from the step loop's thread only.
 
-    Requests for the same adapter share one thread, so that a source which does not answer holds one of them.
+    What is on this machine is loaded in threads of its own, so that it never waits for downloads. Requests for the same
+    adapter share one thread, so that a source which does not answer holds one of those for downloads.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class AdapterLoads:
         store: AdapterStore,
         slots: SlotPool,
         threads: int,
+        download_threads: int,
         post: Callable[[Callable[[], None]], None],
         loaded: Callable[[Sequence], None],
         failed: Callable[[Sequence, Exception], None],
@@ -36,6 +38,7 @@ class AdapterLoads:
         self._store = store
         self._slots = slots
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-load")
+        self._downloads = ThreadPoolExecutor(download_threads, thread_name_prefix="adapter-download")
         self._post = post
         self._loaded = loaded
         self._failed = failed
@@ -70,8 +73,7 @@ class AdapterLoads:
             self._waiting[key].append(sequence)
             return
         self._waiting[key] = [sequence]
-        future = self._threads.submit(self._store.load, *key)
-        future.add_done_callback(lambda done: self._post(partial(self._finish, key, done)))
+        self._threads.submit(self._begin, key)
 
     def drop(self, sequence: Sequence) -> bool:
         """Forget an aborted sequence; False when it does not wait here. Its load goes on, for the host cache."""
@@ -84,21 +86,39 @@ class AdapterLoads:
 
     def close(self) -> None:
         """Start no more loads. Threads at work end with their load."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._downloads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _finish(self, key: _Key, done: Future[PackedAdapter]) -> None:
+    def _begin(self, key: _Key) -> None:
+        """In a thread: load what is on this machine, leave the rest to the threads for downloads."""
+        try:
+            at_hand = self._store.at_hand(*key)
+        except OSError:
+            at_hand = True  # ``load`` meets the same and says what it means
+        if at_hand:
+            self._load(key)
+        else:
+            self._downloads.submit(self._load, key)
+
+    def _load(self, key: _Key) -> None:
+        try:
+            outcome: PackedAdapter | Exception = self._store.load(*key)
+        except Exception as error:  # told to everyone who waits for it
+            outcome = error
+        self._post(partial(self._finish, key, outcome))
+
+    def _finish(self, key: _Key, outcome: PackedAdapter | Exception) -> None:
         sequences = self._waiting.pop(key)
         self.waiting -= len(sequences)
-        error = done.exception()
         for sequence in sequences:
-            if error is None:
-                sequence.adapter = done.result()
-                self._loaded(sequence)
+            if isinstance(outcome, Exception):
+                self._failed(sequence, _as_adapter_error(key[0], outcome))
             else:
-                self._failed(sequence, _as_adapter_error(key[0], error))
+                sequence.adapter = outcome
+                self._loaded(sequence)
 
 
-def _as_adapter_error(name: str, error: BaseException) -> Exception:
+def _as_adapter_error(name: str, error: Exception) -> Exception:
     if isinstance(error, AdapterError):
         return error
     unavailable = AdapterUnavailable(name, f"loading it failed: {type(error).__name__}: {error}")

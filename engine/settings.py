@@ -27,7 +27,8 @@ class EngineSettings:
     max_waiting: requests beyond ``max_rows`` that may queue; one more raises EngineOverloaded.
     slots: adapter slots as ``{rank: count}`` (a mapping or pairs), each holding one adapter up to that rank.
     store: where adapters come from and how many bytes of them stay in host memory.
-    load_threads: adapters fetched and packed at the same time.
+    load_threads: adapters on this machine that are read and packed at the same time. download_threads: adapters
+    brought here from elsewhere at the same time.
     max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it.
     cpu_threads: torch threads of the step loop; None leaves torch's choice.
     seed: draws the seeds of requests without one, and the weights of ``load_random_weights``; None is random.
@@ -51,6 +52,7 @@ class EngineSettings:
     slots: tuple[tuple[int, int], ...] = ((16, 32), (64, 4))
     store: StoreSettings = field(default_factory=StoreSettings)
     load_threads: int = 8
+    download_threads: int = 32
     max_overtakes: int = 64
     cpu_threads: int | None = None
     seed: int | None = None
@@ -65,7 +67,7 @@ class EngineSettings:
             raise ValueError(f"slots is {self.slots!r}: write ranks and counts, such as {{16: 32, 64: 4}}") from error
         object.__setattr__(self, "slots", slots)
         ranks = [rank for rank, _ in slots]
-        at_least_one = ("page_size", "max_rows", "max_batch_tokens", "load_threads")
+        at_least_one = ("page_size", "max_rows", "max_batch_tokens", "load_threads", "download_threads")
         optional = ("max_model_len", "num_pages", "cpu_threads")
         checks: list[tuple[str, bool, str]] = [
             ("model", bool(self.model), "the path of a model directory"),

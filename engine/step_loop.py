@@ -50,7 +50,13 @@ class StepLoop:
         self._loads: AdapterLoads | None = None
         if parts.store is not None and parts.slots is not None:
             self._loads = AdapterLoads(
-                parts.store, parts.slots, settings.load_threads, self._post, self._scheduler.add, self._fail
+                parts.store,
+                parts.slots,
+                settings.load_threads,
+                settings.download_threads,
+                self._post,
+                self._scheduler.add,
+                self._fail,
             )
         self._outbox = Outbox()
         self._wake = threading.Condition()

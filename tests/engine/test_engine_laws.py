@@ -211,6 +211,33 @@ def silent_hub() -> Iterator[tuple[str, threading.Event, threading.Event]]:
     thread.join()
 
 
+async def test_law_5_sources_that_do_not_answer_hold_up_no_adapter_that_is_here(
+    model: TinyModel, adapters: list[TinyAdapter], silent_hub: tuple[str, threading.Event, threading.Event]
+) -> None:
+    address, asked, released = silent_hub
+    base = settings_for(model, adapters)
+    store = replace(
+        base.store,
+        allow=("hub:acme/*",),
+        hub_endpoint=address,
+        hub_timeout_s=60,
+        hub_retries=0,
+        cache_dir=str(model.path.parent / "silent-cache"),
+    )
+    async with running(replace(base, store=store, load_threads=1, download_threads=1)) as engine:
+        # One tenant's silent adapters take all the threads for downloads.
+        cold = [asyncio.create_task(answer(engine, ask(f"cold{i}", [3, 4], f"hub:acme/silent{i}"))) for i in range(3)]
+        await asyncio.to_thread(asked.wait, 30)
+        requests = traffic(adapters, logprobs=0)
+        for request, chunk in zip(requests, await answers(engine, requests), strict=True):
+            assert_same(chunk, expected(model, request.prompt_token_ids, by_name(adapters)[request.adapter], 8))
+        assert not any(task.done() for task in cold)
+        released.set()
+        for task in cold:
+            with pytest.raises(AdapterError):
+                await task
+
+
 async def test_law_6_only_the_request_waits_whose_adapter_is_on_its_way(
     model: TinyModel, adapters: list[TinyAdapter], silent_hub: tuple[str, threading.Event, threading.Event]
 ) -> None:
