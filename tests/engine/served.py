@@ -131,15 +131,15 @@ class Served:
         return torch.cat(ours), torch.cat(theirs)
 
     def check_bf16(self, rows: Sequence[tuple[Row, TinyAdapter | None]]) -> None:
-        """Against fp32, our errors are those of transformers + peft in the same dtype: the mean within 1.25 times,
-        the root mean square within 1.4 times.
+        """Against fp32, our errors are those of transformers + peft in the same dtype: the largest within 1.5 times,
+        the mean within 1.25 times, the root mean square within 1.4 times.
 
-        Over 24 draws of prompts on a CPU (llama, qwen2-window) the ratios were 0.89 to 0.97 and 0.81 to 1.02. The
-        ratio of the two largest errors says little: it was 0.33 to 1.37, as transformers' own largest error varies
-        by a factor of 3 from draw to draw.
+        Over 24 draws of prompts on a CPU (llama, qwen2-window) the ratios were 0.33 to 1.37, 0.89 to 0.97 and 0.81 to
+        1.02.
         """
         ours, theirs = self.errors(rows)
         assert ours.isfinite().all()
+        assert ours.max() <= 1.5 * theirs.max()
         assert ours.mean() <= 1.25 * theirs.mean()
         assert ours.square().mean() <= 1.4**2 * theirs.square().mean()
 
