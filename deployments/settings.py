@@ -183,7 +183,7 @@ class FleetSettings(_Section):
 
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its completion together. Reads the model's config.json."""
-        return self.engine_settings().max_model_len or ModelSpec.from_dir(self.model_folder()).max_position_embeddings
+        return ModelSpec.from_dir(self.model_folder()).context(self.engine_settings().max_model_len)
 
     def service_limits(self) -> ServiceLimits:
         """For one gateway."""

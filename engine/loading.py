@@ -92,18 +92,18 @@ class AdapterLoads:
     def _begin(self, key: _Key) -> None:
         """In a thread: load what is on this machine, leave the rest to the threads for downloads."""
         try:
-            at_hand = self._store.at_hand(*key)
-        except OSError:
-            at_hand = True  # ``load`` meets the same and says what it means
-        if at_hand:
-            self._load(key)
+            if not self._store.at_hand(*key):
+                self._downloads.submit(self._load, key)
+                return
+        except Exception as error:  # told to everyone who waits for it, as in _load
+            self._post(partial(self._finish, key, error))
         else:
-            self._downloads.submit(self._load, key)
+            self._load(key)
 
     def _load(self, key: _Key) -> None:
         try:
             outcome: PackedAdapter | Exception = self._store.load(*key)
-        except Exception as error:  # told to everyone who waits for it
+        except Exception as error:
             outcome = error
         self._post(partial(self._finish, key, outcome))
 

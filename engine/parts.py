@@ -58,11 +58,7 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
         spec = replace(spec, name=settings.model_name)
     tokenizer = _tokenizer(settings)
     dtype = _dtype(settings, device)
-    max_model_len = settings.max_model_len or spec.max_position_embeddings
-    if max_model_len > spec.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len is {max_model_len} but {spec.name} knows {spec.max_position_embeddings} positions: lower it"
-        )
+    max_model_len = spec.context(settings.max_model_len)
     model = DecoderModel(spec, dtype, device, max_model_len)
     if settings.load_random_weights:
         random_weights(model, settings.seed or 0)

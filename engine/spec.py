@@ -106,6 +106,17 @@ class ModelSpec:
         """Columns of k (and of v) in the packed q|k|v."""
         return self.num_kv_heads * self.head_dim
 
+    def context(self, asked: int | None) -> int:
+        """Most tokens of a prompt and its completion together: ``asked``, or all that the model knows.
+
+        Raises ValueError when more is asked for than the model knows.
+        """
+        if asked is not None and asked > self.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len is {asked} but {self.name} knows {self.max_position_embeddings} positions: lower it"
+            )
+        return asked or self.max_position_embeddings
+
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelSpec:
         """Read ``config.json`` and, where present, ``generation_config.json`` of a checkpoint folder.
