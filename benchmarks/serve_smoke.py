@@ -11,74 +11,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import torch
-import yaml
 
 from benchmarks.report import Report, Row, device_name
+from benchmarks.server import Server
 from examples.demo.words import BASE, STYLES, answer, held_out_prompts
-
-ROOT = Path(__file__).parents[1]
-
-
-@contextmanager
-def running_server(replicas: int, num_gpus: float | None, start_s: float) -> Iterator[tuple[str, str, float]]:
-    """Yield the server's address, the base model's name and the seconds until it first answered."""
-    with tempfile.TemporaryDirectory(prefix="lf-", dir="/tmp", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = config["http_options"]["port"] = probe.getsockname()[1]
-        args = config["applications"][0]["args"]
-        args["replicas"]["num_replicas"] = replicas
-        if num_gpus is not None:
-            args["replicas"]["num_gpus"] = num_gpus
-        file = folder / "serve_config.yaml"
-        file.write_text(yaml.safe_dump(config))
-        settings = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": name, "RAY_ADDRESS": "local"}
-        log = folder / "serve.log"
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(file)],
-            cwd=ROOT,
-            env=os.environ | settings,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while not _answers(url):
-                if process.poll() is not None or time.perf_counter() - started > start_s:
-                    raise RuntimeError(f"the server did not answer in {start_s:.0f} s:\n{log.read_text()[-6000:]}")
-                time.sleep(0.2)
-            yield url, args["model_name"], time.perf_counter() - started
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
 
 
 async def ask(client: httpx.AsyncClient, model: str, prompt: str) -> tuple[str, float, float]:
@@ -148,8 +91,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with running_server(arguments.replicas, arguments.num_gpus, arguments.start_s) as (url, base_model, start_s):
-        rows = asyncio.run(ask_all(url, base_model, arguments.requests, arguments.at_once))
+    server = Server()
+    server.config["replicas"]["num_replicas"] = arguments.replicas
+    if arguments.num_gpus is not None:
+        server.config["replicas"]["num_gpus"] = arguments.num_gpus
+    started = time.perf_counter()
+    server.start(held_out_prompts(1)[0], arguments.start_s)
+    try:
+        start_s = time.perf_counter() - started
+        rows = asyncio.run(ask_all(server.url, server.base_model, arguments.requests, arguments.at_once))
+    finally:
+        server.stop()
     for row in rows:
         row["start_s"] = start_s
     Report("serve_smoke", device_name(device), rows).write(arguments.json)
