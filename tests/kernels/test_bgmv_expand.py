@@ -82,11 +82,12 @@ class Case:
         assert torch.equal(self.guarded, before), "something outside the live rows was written"
 
 
-def split_for(hidden: int, number: int) -> dict[str, int] | None:
+def split_for(device: torch.device, hidden: int, number: int) -> dict[str, int] | None:
     """Default launch parameters for narrow outputs; large tiles for wide ones, which the interpreter takes by tile."""
     if hidden <= 33:
         return None
-    return {"BLOCK_N": 256 if hidden <= 1024 else 8192, "SPLIT_N": (1, 2, 3, 5)[number % 4]}
+    block = 64 if device.type == "cuda" else 256 if hidden <= 1024 else 8192
+    return {"BLOCK_N": block, "SPLIT_N": (1, 2, 3, 5)[number % 4]}
 
 
 @pytest.mark.parametrize("hidden", HIDDENS)
@@ -108,7 +109,7 @@ def test_ranks_and_widths(
         four_dims=number % 4 >= 2,
         slots=4,
     )
-    case.run(expand, assert_rounded_once, add=number % 5 != 0, config=split_for(hidden, number))
+    case.run(expand, assert_rounded_once, add=number % 5 != 0, config=split_for(device, hidden, number))
 
 
 @pytest.mark.parametrize("add", [True, False])
