@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -65,8 +66,9 @@ class LoraStep:
         self.prefill_indices = inputs.lora_indices[decode:]
         self.segment_starts = inputs.query_starts[decode:]
         self.max_segment = inputs.max_query_len
-        slices = max(group.slices for group in state.groups[0].values())
-        self._shrunk = torch.empty(slices * tokens * state.max_rank, dtype=torch.float32, device=state.arena.device)
+        groups = state.groups[0].values()
+        size = max(max(decode * group.splits, tokens * self.has_prefill) * group.slices for group in groups)
+        self._shrunk = torch.empty(size * state.max_rank, dtype=torch.float32, device=state.arena.device)
 
     def add(self, x: Tensor, out: Tensor, group: LoraGroup) -> None:
         """``out += B A x`` in place, each row with its own adapter; rows of index -1 are left alone.
@@ -76,15 +78,17 @@ class LoraStep:
         arena, table = self.state.arena, self.state.slot_table
         if self.decode_rows:
             rows = self.decode_rows
-            shrunk = self._view(group.slices, rows)
-            bgmv_shrink_slices(x[:rows], arena, table, shrunk, self.decode_indices, group)
-            bgmv_expand_slices(shrunk, arena, table, out[:rows], self.decode_indices, group)
+            shrunk = self._view(group.splits, group.slices, rows)
+            # A slot is loaded and the step's indices are written before the step's first kernel is launched.
+            slots = (self.decode_indices, group)
+            bgmv_shrink_slices(x[:rows], arena, table, shrunk, *slots, operands_ready=True)
+            bgmv_expand_slices(shrunk, arena, table, out[:rows], *slots, operands_ready=True)
         if self.has_prefill:
             shrunk = self._view(group.slices, x.shape[0])
             segments = (self.segment_starts, self.prefill_indices, group, self.max_segment)
             sgmv_shrink(x, arena, table, shrunk, *segments)
             sgmv_expand(shrunk, arena, table, out, *segments)
 
-    def _view(self, slices: int, tokens: int) -> Tensor:
-        rank = self.state.max_rank
-        return self._shrunk[: slices * tokens * rank].view(slices, tokens, rank)
+    def _view(self, *shape: int) -> Tensor:
+        size = math.prod(shape) * self.state.max_rank
+        return self._shrunk[:size].view(*shape, self.state.max_rank)

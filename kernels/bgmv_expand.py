@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import jit, launchable, tl, triton, use_triton
+from kernels.dispatch import gdc_launch_dependents, gdc_wait, jit, launchable, overlap, tl, triton, use_triton
 from kernels.lora_checks import (
     FLOATS,
     HALVES,
@@ -26,7 +26,7 @@ from kernels.lora_checks import (
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import locate_tile, row_products, tile_products, write_tile
+from kernels.lora_tiles import locate_tile, tile_products, write_tile
 from kernels.op_configs import EXPAND_KEYS, EXPAND_SLICES_KEYS, POWERS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_expand", "bgmv_expand_slices", "get_lora_op_configs"]
@@ -78,22 +78,24 @@ def bgmv_expand_slices(
     lora_indices: Tensor,
     group: LoraGroup,
     add_inputs: bool = True,
+    operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA B of a packed projection group in one launch, adapters of mixed ranks read in place from the arena.
 
     For slice s of the group, with columns ``c = out_start(s) ... out_start(s) + out_features[s]``:
-    ``output[i, c] (+)= B[lora_indices[i], s] @ inputs[s, i, :rank]``. Each adapter's offset and rank come from
-    ``slot_table`` on the device; nothing beyond its own rank is read. May be captured in a CUDA graph.
+    ``output[i, c] (+)= B[lora_indices[i], s] @ inputs[:, s, i, :rank].sum(0)``. Each adapter's offset and rank come
+    from ``slot_table`` on the device; nothing beyond its own rank is read. May be captured in a CUDA graph.
 
     Args:
-        inputs: (slices, batch, max_rank) fp32, as ``bgmv_shrink_slices`` writes it.
+        inputs: (splits, slices, batch, max_rank) fp32, as ``bgmv_shrink_slices`` writes it: partial sums.
         arena: (elements,) fp16|bf16|fp32, packed adapters.
         slot_table: (slots, 2) int64, element offset and rank of each slot.
         output: (batch, >= group.out_total) fp16|bf16|fp32; row stride free; further columns are untouched.
         lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
         group: the layout of the group inside an adapter.
         add_inputs: add to the output; False overwrites it.
+        operands_ready: as in :func:`kernels.bgmv_shrink.bgmv_shrink_slices`; ``inputs`` need not be.
         override_config: any of BLOCK_N, BLOCK_K (rank step), num_warps, num_stages.
 
     Raises:
@@ -110,6 +112,7 @@ def bgmv_expand_slices(
         group.in_features,
         group.out_features,
         add_inputs,
+        operands_ready,
         packed(EXPAND_SLICES_KEYS, override_config),
     )
 
@@ -122,9 +125,12 @@ def _bgmv_expand_kernel(
     input_ptr, lora_ptr, out_ptr, N, K, lora_indices,
     xm_stride, xk_stride, l0_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_N: tl.constexpr,
-    EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr, CAST_TYPE: tl.constexpr,
+    EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr, CAST_TYPE: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLIT_N, batch). ``lora_k_stride`` steps along hidden and ``lora_n_stride`` along rank, as in LoRAX."""
+    if WAIT == "first":
+        gdc_launch_dependents()
+        gdc_wait()
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(lora_indices + row).to(tl.int64)
@@ -146,34 +152,73 @@ def _bgmv_expand_kernel(
         target_ptr += BLOCK_N * cn_stride
 
 
+@jit
+def _sum_splits(ptr, mask, split_stride, SPLITS: tl.constexpr):
+    """The partial sums of the shrink, added in order."""
+    total = tl.load(ptr, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
+        total += tl.load(ptr + split * split_stride, mask=mask, other=0.0)
+    return total
+
+
+@jit
+def _expand_tile(
+    x_ptr, weight_ptr, target_ptr, rows, rank, x_split_stride,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of a row's output: ``rows`` columns of it, from as many contiguous rows of B."""
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = n < rows
+    place = weight_ptr + n[:, None] * rank + k
+    weight = tl.load(place, mask=inside[:, None] & (k < rank), other=0.0)
+    if WAIT == "late":
+        gdc_wait()
+    values = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
+        values += tl.load(target_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    products = weight.to(tl.float32) * _sum_splits(x_ptr + k, k < rank, x_split_stride, SPLITS)
+    for step in range(BLOCK_K, rank, BLOCK_K):
+        left = step + k < rank
+        weight = tl.load(place + step, mask=inside[:, None] & left, other=0.0)
+        products += weight.to(tl.float32) * _sum_splits(x_ptr + step + k, left, x_split_stride, SPLITS)
+    values += tl.sum(products, 1)
+    tl.store(target_ptr + n, values.to(target_ptr.dtype.element_ty), mask=inside)
+
+
 @jit(do_not_specialize=["b_unit"])  # it changes with the layer: compile once
 def _bgmv_expand_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
-    b_unit, n0, n1, n2, n3, x_slice_stride, x_row_stride, out_row_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr,
+    b_unit, n0, n1, n2, n3, x_split_stride, x_slice_stride, x_row_stride, out_row_stride,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of all slices, batch): a narrow slice has only its own tiles."""
+    if WAIT != "never":
+        gdc_launch_dependents()
+    if WAIT == "first":
+        gdc_wait()
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(lora_indices_ptr + row).to(tl.int64)
     if slot < 0:
+        if WAIT == "late":
+            gdc_wait()
         return
     offset = tl.load(slot_table_ptr + slot * 2)
-    rank = tl.load(slot_table_ptr + slot * 2 + 1)
-
-    index, before, first, count = locate_tile(tl.program_id(0), n0, n1, n2, n3, BLOCK_N)
+    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)
+    index, before, first, rows = locate_tile(tl.program_id(0), n0, n1, n2, n3, BLOCK_N)
     x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + row * x_row_stride
-    start = offset + rank * (before + first + b_unit)  # int64, as rank is
+    target_ptr = out_ptr + row * out_row_stride + (before + first)
+    start = offset + rank.to(tl.int64) * (before + first + b_unit)
     if (rank % 8 == 0) & (start % 8 == 0):  # written so that the compiler sees it and loads whole vectors
-        products = row_products(
-            x_ptr, arena_ptr + start // 8 * 8, count, rank.to(tl.int32) // 8 * 8, rank.to(tl.int32) // 8 * 8,
-            BLOCK_N, BLOCK_K,
+        _expand_tile(
+            x_ptr, arena_ptr + start // 8 * 8, target_ptr, rows, rank // 8 * 8, x_split_stride,
+            SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
         )  # fmt: skip
     else:
-        products = row_products(
-            x_ptr, arena_ptr + start, count, rank.to(tl.int32), rank.to(tl.int32), BLOCK_N, BLOCK_K
+        _expand_tile(
+            x_ptr, arena_ptr + start, target_ptr, rows, rank, x_split_stride,
+            SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
         )  # fmt: skip
-    target_ptr = out_ptr + row * out_row_stride + (before + first)
-    write_tile(target_ptr, tl.sum(products, 1), count, 1, BLOCK_N, ADD_INPUTS)
 
 
 # --- torch.library registration
@@ -186,7 +231,7 @@ torch.library.define(
 torch.library.define(
     "lorafleet::bgmv_expand_slices",
     "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
-    "int in_features, int[] out_features, bool add_inputs=True, int[]? config=None) -> ()",
+    "int in_features, int[] out_features, bool add_inputs=True, bool operands_ready=False, int[]? config=None) -> ()",
 )
 
 
@@ -229,20 +274,21 @@ def _check_expand_slices(
     in_features: int,
     out_features: list[int],
     add_inputs: bool = True,
+    operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
     op = "bgmv_expand_slices"
     group = LoraGroup(unit, in_features, tuple(out_features))
-    check_tensor(op, "inputs", inputs, "(slices, batch, max_rank)", (torch.float32,), inputs)
+    check_tensor(op, "inputs", inputs, "(splits, slices, batch, max_rank)", (torch.float32,), inputs)
     check_arena(op, arena, slot_table, group, inputs)
     check_tensor(op, "output", output, "(batch, out_total)", FLOATS, inputs)
     check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
     check_output(op, "output", output, 0)
-    if inputs.shape[0] != group.slices:
-        raise ValueError(f"{op}: inputs hold {inputs.shape[0]} slices but the group has {group.slices}; match them")
+    if inputs.shape[1] != group.slices:
+        raise ValueError(f"{op}: inputs hold {inputs.shape[1]} slices but the group has {group.slices}; match them")
     if output.shape[1] < group.out_total:
         raise ValueError(f"{op}: output is {output.shape[1]} wide; the group {group.out_features} needs more")
-    check_rows(op, inputs.shape[1], output=output.shape[0], lora_indices=lora_indices.shape[0])
+    check_rows(op, inputs.shape[2], output=output.shape[0], lora_indices=lora_indices.shape[0])
 
 
 @torch.library.impl("lorafleet::bgmv_expand", "default")
@@ -281,6 +327,7 @@ def _expand(
             EVEN_K=rank == block_k,
             ADD_INPUTS=add_inputs,
             CAST_TYPE=inputs.dtype == torch.float32,
+            **overlap(inputs),
             **launch,
         )
 
@@ -296,17 +343,16 @@ def _expand_slices(
     in_features: int,
     out_features: list[int],
     add_inputs: bool = True,
+    operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
-    _check_expand_slices(
-        inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, add_inputs, config
-    )
+    _check_expand_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features)
     check_indices("bgmv_expand_slices", lora_indices, slot_table.shape[0])
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
         reference.bgmv_expand_slices(inputs, arena, slot_table, output, lora_indices, group, add_inputs)
         return
-    _, batch, max_rank = inputs.shape
+    splits, _, batch, max_rank = inputs.shape
     if batch == 0:
         return
     launch = get_lora_op_configs("expand_slices", batch, group.out_total, rank=max_rank)
@@ -322,9 +368,10 @@ def _expand_slices(
             lora_indices,
             group.b_unit(0),
             *widths,
-            inputs.stride(0),
-            inputs.stride(1),
+            *inputs.stride()[:3],
             output.stride(0),
+            SPLITS=splits,
             ADD_INPUTS=add_inputs,
+            **overlap(inputs, operands_ready),
             **launch,
         )

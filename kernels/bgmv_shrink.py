@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import jit, launchable, tl, triton, use_triton
+from kernels.dispatch import gdc_launch_dependents, gdc_wait, jit, launchable, overlap, tl, triton, use_triton
 from kernels.lora_checks import (
     FLOATS,
     INTEGERS,
@@ -26,7 +26,7 @@ from kernels.lora_checks import (
 )
 from kernels.lora_group import LoraGroup
 from kernels.lora_tiles import row_products
-from kernels.op_configs import POWERS, SHRINK_KEYS, get_lora_op_configs, packed, unpacked
+from kernels.op_configs import POWERS, SHRINK_KEYS, SHRINK_SLICES_KEYS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_shrink", "bgmv_shrink_slices"]
 
@@ -69,26 +69,32 @@ def bgmv_shrink_slices(
     output: Tensor,
     lora_indices: Tensor,
     group: LoraGroup,
+    operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA A of a packed projection group in one launch, adapters of mixed ranks read in place from the arena.
 
-    ``output[s, i, :rank] = A[lora_indices[i], s] @ inputs[i]`` for each slice s. Only the adapter's own rank columns
-    are written. May be captured in a CUDA graph.
+    ``output[:, s, i, :rank].sum(0) = A[lora_indices[i], s] @ inputs[i]`` for each slice s: a long sum is left in
+    parts, each over its own columns, which :func:`kernels.bgmv_expand.bgmv_expand_slices` adds up in order. Only the
+    adapter's own rank columns are written. May be captured in a CUDA graph.
 
     Args:
         inputs: (batch, group.in_features) fp16|bf16|fp32; row stride free.
         arena: (elements,) fp16|bf16|fp32, packed adapters.
         slot_table: (slots, 2) int64, element offset and rank of each slot.
-        output: (slices, batch, max_rank) fp32; max_rank is at least every slot's rank.
+        output: (group.splits, slices, batch, max_rank) fp32; max_rank is at least every slot's
+            rank.
         lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
         group: the layout of the group inside an adapter.
-        override_config: any of BLOCK_N (rank rows a program), BLOCK_K (columns a step), num_warps, num_stages.
+        operands_ready: no kernel that may still be running when this one is launched writes ``arena``, ``slot_table``
+            or ``lora_indices``. A GPU of compute capability 9.0 or later then loads weights while the kernel before
+            this one in the stream finishes.
+        override_config: BLOCK_N (rank rows a program).
 
     Raises:
         ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
     """
-    check_override("bgmv_shrink_slices", override_config, SHRINK_KEYS, POWERS)
+    check_override("bgmv_shrink_slices", override_config, SHRINK_SLICES_KEYS, POWERS)
     torch.ops.lorafleet.bgmv_shrink_slices(
         inputs,
         arena,
@@ -98,16 +104,20 @@ def bgmv_shrink_slices(
         group.unit,
         group.in_features,
         group.out_features,
-        packed(SHRINK_KEYS, override_config),
+        operands_ready,
+        packed(SHRINK_SLICES_KEYS, override_config),
     )
 
 
 @jit
 def _bgmv_shrink_kernel(
     input_ptr, lora_ptr, out_ptr, N, K, lora_indices, scaling, xm_stride, l0_stride, cm_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rank, batch); N is the rank, K the input width."""
+    if WAIT == "first":
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(lora_indices + row).to(tl.int64)
     if slot < 0:
@@ -119,32 +129,65 @@ def _bgmv_shrink_kernel(
     tl.store(out_ptr + row * cm_stride + first + n, tl.sum(products, 1) * scaling, mask=n < N - first)
 
 
+@jit
+def _shrink_tile(
+    x_ptr, weight_ptr, out_ptr, first, rows, columns, K, rank, out_slice_stride,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Sums of ``rows`` rows of a group's A, from row ``first`` on, over ``columns`` columns."""
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = k < columns
+    weight = tl.load(weight_ptr + n[:, None].to(tl.int64) * K + k, mask=(n < rows)[:, None] & inside, other=0.0)
+    if WAIT == "late":
+        gdc_wait()
+    x = tl.load(x_ptr + k, mask=inside, other=0.0)
+    index = first + n
+    target = out_ptr + (index // rank) * out_slice_stride + index % rank
+    tl.store(target, tl.sum(weight.to(tl.float32) * x.to(tl.float32), 1), mask=n < rows)
+
+
 @jit(do_not_specialize=["a_unit"])  # it changes with the layer: compile once
 def _bgmv_shrink_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
-    a_unit, K, SLICES, x_row_stride, out_slice_stride, out_row_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_unit, K, SLICES, x_row_stride, out_split_stride, out_slice_stride, out_row_stride,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of slices * max_rank, batch): a group's A is one matrix of slices * rank rows."""
+    """Grid (tiles of slices * max_rank times SPLITS, batch): a group's A is one matrix of slices * rank rows."""
+    if WAIT != "never":
+        gdc_launch_dependents()
+    if WAIT == "first":
+        gdc_wait()
+    split = tl.program_id(0) % SPLITS
+    first = tl.program_id(0) // SPLITS * BLOCK_N
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(lora_indices_ptr + row).to(tl.int64)
     if slot < 0:
+        if WAIT == "late":
+            gdc_wait()
         return
     rank = tl.load(slot_table_ptr + slot * 2 + 1)
-    first = tl.program_id(0) * BLOCK_N
-    count = (rank * SLICES).to(tl.int32) - first
-    if count <= 0:
+    rows = (rank * SLICES).to(tl.int32) - first
+    if rows <= 0:
+        if WAIT == "late":
+            gdc_wait()
         return
+    share = tl.cdiv(tl.cdiv(K, SPLITS), 16) * 16
+    begin = split * share
+    columns = tl.minimum(share, K - begin)
     start = tl.load(slot_table_ptr + slot * 2) + rank * a_unit + first.to(tl.int64) * K
-    x_ptr = input_ptr + row * x_row_stride
+    x_ptr = input_ptr + row * x_row_stride + begin
+    target_ptr = out_ptr + split * out_split_stride + row * out_row_stride
     if start % 8 == 0:  # written so that the compiler sees it and loads whole vectors
-        products = row_products(x_ptr, arena_ptr + start // 8 * 8, count, K, K, BLOCK_N, BLOCK_K)
+        weight_ptr = arena_ptr + start // 8 * 8 + begin
+        _shrink_tile(
+            x_ptr, weight_ptr, target_ptr, first, rows, columns, K, rank, out_slice_stride, BLOCK_N, BLOCK_K, WAIT
+        )  # fmt: skip
     else:
-        products = row_products(x_ptr, arena_ptr + start, count, K, K, BLOCK_N, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    index = first + n
-    target = (index // rank) * out_slice_stride + row * out_row_stride + index % rank
-    tl.store(out_ptr + target, tl.sum(products, 1), mask=n < count)
+        weight_ptr = arena_ptr + start + begin
+        _shrink_tile(
+            x_ptr, weight_ptr, target_ptr, first, rows, columns, K, rank, out_slice_stride, BLOCK_N, BLOCK_K, WAIT
+        )  # fmt: skip
 
 
 torch.library.define(
@@ -155,7 +198,7 @@ torch.library.define(
 torch.library.define(
     "lorafleet::bgmv_shrink_slices",
     "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
-    "int in_features, int[] out_features, int[]? config=None) -> ()",
+    "int in_features, int[] out_features, bool operands_ready=False, int[]? config=None) -> ()",
 )
 
 
@@ -194,20 +237,26 @@ def _check_shrink_slices(
     unit: int,
     in_features: int,
     out_features: list[int],
+    operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
     op = "bgmv_shrink_slices"
     group = LoraGroup(unit, in_features, tuple(out_features))
     check_tensor(op, "inputs", inputs, "(batch, in_features)", FLOATS, inputs)
     check_arena(op, arena, slot_table, group, inputs)
-    check_tensor(op, "output", output, "(slices, batch, max_rank)", (torch.float32,), inputs)
+    check_tensor(op, "output", output, "(splits, slices, batch, max_rank)", (torch.float32,), inputs)
     check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
-    check_output(op, "output", output, 1)
+    check_output(op, "output", output, 2)
     if inputs.shape[1] != group.in_features:
         raise ValueError(f"{op}: inputs are {inputs.shape[1]} wide but the group takes {group.in_features}; match them")
-    if output.shape[0] != group.slices:
-        raise ValueError(f"{op}: output holds {output.shape[0]} slices but the group has {group.slices}; match them")
-    check_rows(op, inputs.shape[0], output=output.shape[1], lora_indices=lora_indices.shape[0])
+    if output.shape[0] != group.splits:
+        raise ValueError(
+            f"{op}: output holds {output.shape[0]} splits but an input {in_features} wide makes {group.splits}; "
+            "give it LoraGroup.splits"
+        )
+    if output.shape[1] != group.slices:
+        raise ValueError(f"{op}: output holds {output.shape[1]} slices but the group has {group.slices}; match them")
+    check_rows(op, inputs.shape[0], output=output.shape[2], lora_indices=lora_indices.shape[0])
 
 
 @torch.library.impl("lorafleet::bgmv_shrink", "default")
@@ -242,6 +291,7 @@ def _shrink(
             inputs.stride(0),
             weights.stride(0),
             output_tensor.stride(0),
+            **overlap(inputs),
             **launch,
         )
 
@@ -256,20 +306,26 @@ def _shrink_slices(
     unit: int,
     in_features: int,
     out_features: list[int],
+    operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
-    _check_shrink_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, config)
+    _check_shrink_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features)
     check_indices("bgmv_shrink_slices", lora_indices, slot_table.shape[0])
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
         reference.bgmv_shrink_slices(inputs, arena, slot_table, output, lora_indices, group)
         return
-    slices, batch, max_rank = output.shape
+    splits, slices, batch, max_rank = output.shape
     if batch == 0:
         return
-    launch = get_lora_op_configs("shrink_slices", batch, in_features, rank=max_rank) | unpacked(SHRINK_KEYS, config)
+    launch = get_lora_op_configs("shrink_slices", batch, in_features, rank=max_rank)
+    launch |= unpacked(SHRINK_SLICES_KEYS, config)
+    # Whole warps along a row, whatever BLOCK_N: the order of a row's sum is a function of its width alone.
+    width = triton.next_power_of_2(triton.cdiv(triton.cdiv(in_features, splits), 16) * 16)
     with torch.cuda.device_of(inputs):
-        launchable(_bgmv_shrink_slices_kernel, inputs)[(triton.cdiv(slices * max_rank, launch["BLOCK_N"]), batch)](
+        launchable(_bgmv_shrink_slices_kernel, inputs)[
+            (triton.cdiv(slices * max_rank, launch["BLOCK_N"]) * splits, batch)
+        ](
             inputs,
             arena,
             slot_table,
@@ -279,7 +335,10 @@ def _shrink_slices(
             in_features,
             slices,
             inputs.stride(0),
-            output.stride(0),
-            output.stride(1),
+            *output.stride()[:3],
+            SPLITS=splits,
+            BLOCK_K=width,
+            num_warps=min(max(width // 256, 1), 8),
+            **overlap(inputs, operands_ready),
             **launch,
         )

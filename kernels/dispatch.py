@@ -7,22 +7,37 @@ twins run. Kernels are decorated with :func:`jit`, which is ``triton.jit`` where
 from __future__ import annotations
 
 import os
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     HAS_TRITON = True
 except ImportError:  # no Triton wheel for this platform
     triton: Any = None
     tl: Any = None
+    gdc_launch_dependents: Any = None
+    gdc_wait: Any = None
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "interpreter_on", "jit", "launchable", "tl", "triton", "use_triton"]
+__all__ = [
+    "HAS_TRITON",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "interpreter_on",
+    "jit",
+    "launchable",
+    "overlap",
+    "tl",
+    "triton",
+    "use_triton",
+]
 
 
 def jit(function: Any = None, **options: Any) -> Any:
@@ -40,6 +55,24 @@ def interpreter_on() -> bool:
 def use_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels serve ``tensor``; otherwise its torch twin does. Read at each call."""
     return HAS_TRITON and (tensor.is_cuda or interpreter_on())
+
+
+def overlap(tensor: Tensor, operands_ready: bool = False) -> dict[str, Any]:
+    """Launch options that let a kernel start while the one before it in the stream still runs.
+
+    CUDA's programmatic dependent launch, on compute capability 9.0 and later; elsewhere a plain launch. The kernel's
+    ``WAIT`` says when it calls ``gdc_wait`` (every program must, or the kernel after it could overtake the one
+    before): "first", before it touches memory, or "late", after it has loaded the ``operands_ready``, which no
+    kernel running just before may write; "never" where the launch is plain.
+    """
+    if not tensor.is_cuda or torch.version.hip or _capability(tensor.get_device()) < (9, 0):
+        return {"WAIT": "never"}
+    return {"WAIT": "late" if operands_ready else "first", "launch_pdl": True}
+
+
+@lru_cache(maxsize=64)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def launchable(kernel: Any, tensor: Tensor) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_SPLIT_WIDTH = 2048  # columns of A that one program sums: what 256 threads load at once, 16 bytes each
+
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
@@ -31,6 +33,14 @@ class LoraGroup:
     def out_total(self) -> int:
         """Width of the packed output row: the sum of ``out_features``."""
         return sum(self.out_features)
+
+    @property
+    def splits(self) -> int:
+        """Partial sums in which the decode shrink leaves ``A @ x``.
+
+        A function of the width alone, so that a row's sum never depends on the batch around it.
+        """
+        return -(-self.in_features // _SPLIT_WIDTH)
 
     @property
     def size(self) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +25,7 @@ CONFIGS_DIR = Path(__file__).parent / "configs"
 EXPAND_KEYS = ("BLOCK_N", "SPLIT_N", "num_warps", "num_stages")
 EXPAND_SLICES_KEYS = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 SHRINK_KEYS = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+SHRINK_SLICES_KEYS = ("BLOCK_N",)
 SGMV_KEYS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 POWERS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps")
 
@@ -30,10 +33,16 @@ _OP_KEYS = {
     "expand": EXPAND_KEYS,
     "expand_slices": EXPAND_SLICES_KEYS,
     "shrink": SHRINK_KEYS,
-    "shrink_slices": SHRINK_KEYS,
+    "shrink_slices": SHRINK_SLICES_KEYS,
     "sgmv_shrink": SGMV_KEYS,
     "sgmv_expand": SGMV_KEYS,
 }
+# What may differ between the batches of one (hidden, rank): these keys deal work out to programs and leave the order of
+# every sum as it is, so that a row's bits do not depend on its batch. sgmv looks up one configuration for all lengths.
+_SPREAD = ("BLOCK_N", "SPLIT_N", "num_stages")
+BATCH_KEYS = {"expand": _SPREAD, "shrink": _SPREAD, "expand_slices": _SPREAD, "shrink_slices": _SPREAD}
+# A row serves keys within these factors of its own; beyond them its tiles do not fit, and the defaults do better.
+_RANK_REACH, _HIDDEN_REACH = 2, 4
 _ALIASES = {"bgmv_expand": "expand", "bgmv_shrink": "shrink"}
 
 
@@ -49,8 +58,8 @@ def get_lora_op_configs(op_type: str, batch: int, hidden: int, *, rank: int = 16
         device: device name as CUDA reports it; by default the current one.
 
     Returns:
-        The row of the device's table that is nearest in rank, then hidden, then batch (by ratio); without a table
-        the defaults of :func:`default_config`.
+        The row of the device's table that is nearest in rank, then hidden, then batch (by ratio); the defaults of
+        :func:`default_config` without a table, and where its nearest row is for another rank or width altogether.
 
     Raises:
         ValueError: unknown ``op_type``.
@@ -58,7 +67,21 @@ def get_lora_op_configs(op_type: str, batch: int, hidden: int, *, rank: int = 16
     op = _ALIASES.get(op_type, op_type)
     if op not in _OP_KEYS:
         raise ValueError(f"op_type {op_type!r} is unknown; use one of {', '.join(_OP_KEYS)}")
-    return dict(_config(op, batch, hidden, rank, device or _current_device()))
+    trial = _TRIALS.get().get(op)
+    return dict(trial or _config(op, batch, hidden, rank, device or _current_device()))
+
+
+_TRIALS: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("trials", default={})
+
+
+@contextmanager
+def trial_config(op: str, config: Mapping[str, int]) -> Iterator[None]:
+    """Inside, every lookup for ``op`` gives ``config``: how a search over configurations runs a kernel with one."""
+    token = _TRIALS.set({**_TRIALS.get(), op: config})
+    try:
+        yield
+    finally:
+        _TRIALS.reset(token)
 
 
 def packed(keys: Sequence[str], override: Mapping[str, int] | None) -> list[int] | None:
@@ -74,7 +97,10 @@ def unpacked(keys: Sequence[str], values: Sequence[int] | None) -> dict[str, int
 @lru_cache(maxsize=4096)
 def _config(op: str, batch: int, hidden: int, rank: int, device: str) -> MappingProxyType[str, int]:
     rows = [row for row in read_table(CONFIGS_DIR / f"{device.replace(' ', '_')}.json") if row["op"] == op]
-    config = nearest(rows, batch, hidden, rank)["config"] if rows else default_config(op, hidden, rank)
+    row = nearest(rows, batch, hidden, rank)
+    config = default_config(op, hidden, rank) if row is None else dict(row["config"])
+    if row is not None and "SPLIT_N" in config:
+        config["SPLIT_N"] = -(-config["SPLIT_N"] * hidden // row["hidden"])  # the same share of hidden a program
     return MappingProxyType(dict(config))
 
 
@@ -93,14 +119,17 @@ def read_table(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(path.read_text())["rows"]) if path.exists() else ()
 
 
-def nearest(rows: list[dict[str, Any]], batch: int, hidden: int, rank: int) -> dict[str, Any]:
-    """The row whose rank, then hidden, then batch is nearest by ratio. ``rows`` must not be empty."""
+def nearest(rows: list[dict[str, Any]], batch: int, hidden: int, rank: int) -> dict[str, Any] | None:
+    """The row whose rank, then hidden, then batch is nearest by ratio; None when none is near."""
 
     def distance(row: dict[str, Any]) -> tuple[float, float, float]:
         pairs = ((rank, row["rank"]), (hidden, row["hidden"]), (max(batch, 1), row["batch"]))
         return tuple(abs(math.log2(want / have)) for want, have in pairs)  # pyright: ignore[reportReturnType]
 
-    return min(rows, key=distance)
+    best = min(rows, key=distance, default=None)
+    if best is None or distance(best)[0] > math.log2(_RANK_REACH) or distance(best)[1] > math.log2(_HIDDEN_REACH):
+        return None
+    return best
 
 
 def default_config(op: str, hidden: int, rank: int) -> dict[str, int]:
@@ -123,17 +152,18 @@ def default_config(op: str, hidden: int, rank: int) -> dict[str, int]:
     if op == "expand":
         block = min(max(2048 // width, 4), 64, _power_of_two(hidden))
         config = {"BLOCK_N": block, "SPLIT_N": -(-hidden // block), "num_warps": 4}
-    elif op == "expand_slices" and width > 16:
-        config = {"BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4}
     elif op == "expand_slices":
-        config = {"BLOCK_N": 128, "BLOCK_K": width, "num_warps": 2}
+        config = {"BLOCK_N": 512, "BLOCK_K": min(width, 16), "num_warps": 4}
     elif op == "sgmv_shrink":
-        config = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+        block = min(max(width, 16), 64)
+        config = {"BLOCK_M": 64, "BLOCK_N": block, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     elif op == "sgmv_expand":
         step = min(max(width, 16), 32)
-        config = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": step, "num_warps": 4, "num_stages": 2}
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": step, "num_warps": 4, "num_stages": 1}
+    elif op == "shrink_slices":
+        config = {"BLOCK_N": min(4, width)}
     elif hidden > 8192:
-        config = {"BLOCK_N": 1, "BLOCK_K": 1024, "num_warps": 8}
+        config = {"BLOCK_N": 1, "BLOCK_K": 16384, "num_warps": 16}
     else:
         config = {"BLOCK_N": 2, "BLOCK_K": min(2048, _power_of_two(hidden)), "num_warps": 4}
     return config

@@ -123,11 +123,12 @@ def bgmv_expand_slices(
     lora_indices: Tensor,
     group: LoraGroup,
     add_inputs: bool = True,
+    operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA B of a packed group, one row a token; see :func:`kernels.bgmv_expand.bgmv_expand_slices`."""
-    del override_config
-    inputs, packed = _aligned_rows(inputs), output[:, : group.out_total]
+    del operands_ready, override_config  # of the Triton kernel
+    inputs, packed = _aligned_rows(sum(inputs[1:], start=inputs[0])), output[:, : group.out_total]
     for adapter in _adapters(slot_table, lora_indices):
         matrices, hidden = _b_matrices(arena, adapter, group), inputs[:, :, : adapter.rank]
         for row in adapter.rows:
@@ -142,15 +143,20 @@ def bgmv_shrink_slices(
     output: Tensor,
     lora_indices: Tensor,
     group: LoraGroup,
+    operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA A of a packed group, one row a token; see :func:`kernels.bgmv_shrink.bgmv_shrink_slices`."""
-    del override_config
+    del operands_ready, override_config
     inputs = _aligned_rows(inputs)
+    share = -(-group.in_features // output.shape[0])
+    share += -share % 16  # a part starts on a 64-byte boundary
     for adapter in _adapters(slot_table, lora_indices):
-        matrix, own = _a_matrix(arena, adapter, group), output[:, :, : adapter.rank]
-        for row in adapter.rows:
-            own.select(1, row).copy_(torch.mv(matrix, inputs[row]).view(group.slices, adapter.rank))
+        matrix, own = _a_matrix(arena, adapter, group), output[..., : adapter.rank]
+        for split, part in enumerate(matrix.split(share, dim=1)):
+            for row in adapter.rows:
+                x = inputs[row, split * share : split * share + part.shape[1]]
+                own[split, :, row] = torch.mv(part, x).view(group.slices, adapter.rank)
 
 
 def sgmv_shrink(
