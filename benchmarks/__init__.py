@@ -1,1 +1,2 @@
-"""Benchmarks: each module prints a table with the machine's name and command, and can write JSON."""
+"""Benchmarks. The commands are decode, kernels and serve_smoke, which print a table with the machine's name and command
+and can write JSON; tune, which writes the kernels' table for a GPU; and plot, which draws what kernels wrote."""

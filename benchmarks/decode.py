@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from adapter_store.settings import StoreSettings
+from benchmarks.distributions import DISTRIBUTIONS, choose_adapters
 from benchmarks.report import Report, Row, device_name
 from benchmarks.synthetic import SHAPES, write_model_config, write_random_adapter
 from benchmarks.timing import copy_bandwidth
@@ -29,8 +30,6 @@ from engine.lora_targets import adapter_layout
 from engine.request import GenerationRequest, SamplingParams
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
-
-DISTRIBUTIONS = ("distinct", "zipf", "identical", "base")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +46,6 @@ async def _timeline(engine: Engine, request: GenerationRequest) -> Timeline:
     async for chunk in engine.generate(request):
         times += [time.perf_counter()] * (chunk.completion_tokens - len(times))
     return Timeline(sent, tuple(times))
-
-
-def choose_adapters(distribution: str, batch: int, names: list[str], rng: random.Random) -> list[str | None]:
-    """Which adapter each row of the batch uses; None is the base model."""
-    match distribution:
-        case "base":
-            return [None] * batch
-        case "identical":
-            return [names[0]] * batch
-        case "distinct":
-            return [names[row % len(names)] for row in range(batch)]
-        case _:
-            return list(rng.choices(names, [1 / (rank + 1) for rank in range(len(names))], k=batch))
 
 
 async def measure(engine: Engine, adapters: list[str | None], prompt: int, tokens: int, vocab: int) -> list[Timeline]:
@@ -130,10 +116,11 @@ async def run(arguments: argparse.Namespace, folder: Path) -> Report:
     rng = random.Random(0)
     rows: list[Row] = []
     try:
-        await measure(engine, choose_adapters("distinct", len(names), names, rng), 16, 4, spec.vocab_size)
+        await measure(engine, list(names), 16, 4, spec.vocab_size)
         for distribution in arguments.dist.split(","):
             for batch in batches:
-                chosen = choose_adapters(distribution, batch, names, rng)
+                numbers = choose_adapters(distribution, batch, len(names), rng)
+                chosen = [None if number < 0 else names[number] for number in numbers]
                 await measure(engine, chosen, arguments.prompt, 8, spec.vocab_size)
                 lines = await measure(engine, chosen, arguments.prompt, arguments.tokens, spec.vocab_size)
                 used = len({name for name in chosen if name is not None})

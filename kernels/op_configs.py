@@ -71,7 +71,7 @@ def get_lora_op_configs(op_type: str, batch: int, hidden: int, *, rank: int = 16
     return dict(trial or _config(op, batch, hidden, rank, device or _current_device()))
 
 
-_TRIALS: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("trials", default={})
+_TRIALS: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("trials", default=MappingProxyType({}))
 
 
 @contextmanager
