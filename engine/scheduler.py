@@ -80,7 +80,8 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; without rows when there is nothing to do."""
-        decode = list(self._decode_rows())
+        # Rows of one adapter side by side: the kernels can then read its weights once for several rows.
+        decode = sorted(self._decode_rows(), key=lambda row: row.sequence.lora_index)
         prefill: list[PlannedRow] = []
         budget = self.max_batch_tokens - len(decode)
         for sequence in self.running:

@@ -29,6 +29,7 @@ class StepInputs:
     num_decode_rows: int
     max_query_len: int  # longest prefill chunk (0 without prefill rows)
     has_lora: bool  # False skips every LoRA launch
+    lora_share: int = 1  # decode rows n * share to (n + 1) * share that have one adapter read it once
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ from kernels.lora_checks import (
     check_output,
     check_override,
     check_rows,
+    check_share,
     check_tensor,
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import locate_tile, tile_products, write_tile
+from kernels.lora_tiles import leads_its_share, locate_tile, tile_products, wait_in_one_program, write_tile
 from kernels.op_configs import EXPAND_KEYS, EXPAND_SLICES_KEYS, POWERS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_expand", "bgmv_expand_slices", "get_lora_op_configs"]
@@ -78,6 +79,7 @@ def bgmv_expand_slices(
     lora_indices: Tensor,
     group: LoraGroup,
     add_inputs: bool = True,
+    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
@@ -95,7 +97,7 @@ def bgmv_expand_slices(
         lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
         group: the layout of the group inside an adapter.
         add_inputs: add to the output; False overwrites it.
-        operands_ready: as in :func:`kernels.bgmv_shrink.bgmv_shrink_slices`; ``inputs`` need not be.
+        share, operands_ready: as in :func:`kernels.bgmv_shrink.bgmv_shrink_slices`; ``inputs`` need not be ready.
         override_config: any of BLOCK_N, BLOCK_K (rank step), num_warps, num_stages.
 
     Raises:
@@ -112,6 +114,7 @@ def bgmv_expand_slices(
         group.in_features,
         group.out_features,
         add_inputs,
+        share,
         operands_ready,
         packed(EXPAND_SLICES_KEYS, override_config),
     )
@@ -163,10 +166,14 @@ def _sum_splits(ptr, mask, split_stride, SPLITS: tl.constexpr):
 
 @jit
 def _expand_tile(
-    x_ptr, weight_ptr, target_ptr, rows, rank, x_split_stride,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
+    x_ptr, weight_ptr, target, slot_ptr, slot, others, rows, rank, x_split_stride, x_row_stride, out_row_stride,
+    SHARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a row's output: ``rows`` columns of it, from as many contiguous rows of B."""
+    """``rows`` columns of an output, from as many contiguous rows of B.
+
+    With SHARE, also those of the outputs among the ``others`` after it that have the same slot.
+    """
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = n < rows
@@ -174,50 +181,84 @@ def _expand_tile(
     weight = tl.load(place, mask=inside[:, None] & (k < rank), other=0.0)
     if WAIT == "late":
         gdc_wait()
+    target += n
+    x_ptr += k
     values = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
-        values += tl.load(target_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    products = weight.to(tl.float32) * _sum_splits(x_ptr + k, k < rank, x_split_stride, SPLITS)
+        values += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    x = _sum_splits(x_ptr, k < rank, x_split_stride, SPLITS)
+    if SHARE == 1:
+        _add_products(weight, x, values, target, x_ptr, place, inside, k, rank, x_split_stride, SPLITS, BLOCK_K)
+    else:
+        live = others >= 0  # the first row, always
+        for other in range(1, others + 2):  # a row is under way while the one before it is computed
+            same = tl.load(slot_ptr + other, mask=other <= others, other=-1) == slot
+            following = tl.zeros((BLOCK_N,), dtype=tl.float32)
+            if ADD_INPUTS:
+                following += tl.load(target + out_row_stride, mask=inside & same, other=0.0).to(tl.float32)
+            x_following = _sum_splits(x_ptr + x_row_stride, (k < rank) & same, x_split_stride, SPLITS)
+            if live:
+                _add_products(weight, x, values, target, x_ptr, place, inside, k, rank, x_split_stride, SPLITS, BLOCK_K)
+            x = x_following
+            values = following
+            live = same
+            x_ptr += x_row_stride
+            target += out_row_stride
+
+
+@jit
+def _add_products(
+    weight, x, values, target, x_ptr, place, inside, k, rank, x_split_stride,
+    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Stores ``values`` plus the products of one row: of the step already loaded, and of the rank beyond it."""
+    products = weight.to(tl.float32) * x
     for step in range(BLOCK_K, rank, BLOCK_K):
         left = step + k < rank
         weight = tl.load(place + step, mask=inside[:, None] & left, other=0.0)
-        products += weight.to(tl.float32) * _sum_splits(x_ptr + step + k, left, x_split_stride, SPLITS)
+        products += weight.to(tl.float32) * _sum_splits(x_ptr + step, left, x_split_stride, SPLITS)
     values += tl.sum(products, 1)
-    tl.store(target_ptr + n, values.to(target_ptr.dtype.element_ty), mask=inside)
+    tl.store(target, values.to(target.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["b_unit"])  # it changes with the layer: compile once
 def _bgmv_expand_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
     b_unit, n0, n1, n2, n3, x_split_stride, x_slice_stride, x_row_stride, out_row_stride,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
+    SHARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of all slices, batch): a narrow slice has only its own tiles."""
     if WAIT != "never":
         gdc_launch_dependents()
     if WAIT == "first":
         gdc_wait()
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(lora_indices_ptr + row).to(tl.int64)
-    if slot < 0:
-        if WAIT == "late":
-            gdc_wait()
+    row = tl.program_id(1)
+    slot = tl.load(lora_indices_ptr + row)
+    idle = slot < 0
+    if SHARE > 1:
+        idle = idle | (not leads_its_share(lora_indices_ptr, row, slot, SHARE))
+    if idle:
+        wait_in_one_program(WAIT)
         return
-    offset = tl.load(slot_table_ptr + slot * 2)
-    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)
+    others = tl.minimum(SHARE - row % SHARE, tl.num_programs(1) - row) - 1
+    entry = slot_table_ptr + slot.to(tl.int64) * 2
+    offset = tl.load(entry)
+    rank = tl.load(entry + 1).to(tl.int32)
     index, before, first, rows = locate_tile(tl.program_id(0), n0, n1, n2, n3, BLOCK_N)
-    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + row * x_row_stride
-    target_ptr = out_ptr + row * out_row_stride + (before + first)
+    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + row.to(tl.int64) * x_row_stride
+    target_ptr = out_ptr + row.to(tl.int64) * out_row_stride + (before + first)
+    slot_ptr = lora_indices_ptr + row
     start = offset + rank.to(tl.int64) * (before + first + b_unit)
     if (rank % 8 == 0) & (start % 8 == 0):  # written so that the compiler sees it and loads whole vectors
         _expand_tile(
-            x_ptr, arena_ptr + start // 8 * 8, target_ptr, rows, rank // 8 * 8, x_split_stride,
-            SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
+            x_ptr, arena_ptr + start // 8 * 8, target_ptr, slot_ptr, slot, others, rows, rank // 8 * 8,
+            x_split_stride, x_row_stride, out_row_stride, SHARE, SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
         )  # fmt: skip
     else:
         _expand_tile(
-            x_ptr, arena_ptr + start, target_ptr, rows, rank, x_split_stride,
-            SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
+            x_ptr, arena_ptr + start, target_ptr, slot_ptr, slot, others, rows, rank,
+            x_split_stride, x_row_stride, out_row_stride, SHARE, SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
         )  # fmt: skip
 
 
@@ -231,7 +272,8 @@ torch.library.define(
 torch.library.define(
     "lorafleet::bgmv_expand_slices",
     "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
-    "int in_features, int[] out_features, bool add_inputs=True, bool operands_ready=False, int[]? config=None) -> ()",
+    "int in_features, int[] out_features, bool add_inputs=True, int share=1, bool operands_ready=False, "
+    "int[]? config=None) -> ()",
 )
 
 
@@ -274,6 +316,7 @@ def _check_expand_slices(
     in_features: int,
     out_features: list[int],
     add_inputs: bool = True,
+    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
@@ -284,6 +327,7 @@ def _check_expand_slices(
     check_tensor(op, "output", output, "(batch, out_total)", FLOATS, inputs)
     check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
     check_output(op, "output", output, 0)
+    check_share(op, share)
     if inputs.shape[1] != group.slices:
         raise ValueError(f"{op}: inputs hold {inputs.shape[1]} slices but the group has {group.slices}; match them")
     if output.shape[1] < group.out_total:
@@ -343,10 +387,13 @@ def _expand_slices(
     in_features: int,
     out_features: list[int],
     add_inputs: bool = True,
+    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
-    _check_expand_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features)
+    _check_expand_slices(
+        inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, add_inputs, share
+    )
     check_indices("bgmv_expand_slices", lora_indices, slot_table.shape[0])
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
@@ -370,6 +417,7 @@ def _expand_slices(
             *widths,
             *inputs.stride()[:3],
             output.stride(0),
+            SHARE=share,
             SPLITS=splits,
             ADD_INPUTS=add_inputs,
             **overlap(inputs, operands_ready),

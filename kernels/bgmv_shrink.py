@@ -21,11 +21,12 @@ from kernels.lora_checks import (
     check_output,
     check_override,
     check_rows,
+    check_share,
     check_tensor,
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import row_products
+from kernels.lora_tiles import leads_its_share, row_products, wait_in_one_program
 from kernels.op_configs import POWERS, SHRINK_KEYS, SHRINK_SLICES_KEYS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_shrink", "bgmv_shrink_slices"]
@@ -69,6 +70,7 @@ def bgmv_shrink_slices(
     output: Tensor,
     lora_indices: Tensor,
     group: LoraGroup,
+    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
@@ -86,6 +88,8 @@ def bgmv_shrink_slices(
             rank.
         lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
         group: the layout of the group inside an adapter.
+        share: rows ``n * share`` to ``(n + 1) * share`` that have one adapter read it once; a power of two. The
+            result is the same bit for bit, and distinct rows are served fastest by 1.
         operands_ready: no kernel that may still be running when this one is launched writes ``arena``, ``slot_table``
             or ``lora_indices``. A GPU of compute capability 9.0 or later then loads weights while the kernel before
             this one in the stream finishes.
@@ -104,6 +108,7 @@ def bgmv_shrink_slices(
         group.unit,
         group.in_features,
         group.out_features,
+        share,
         operands_ready,
         packed(SHRINK_SLICES_KEYS, override_config),
     )
@@ -131,27 +136,44 @@ def _bgmv_shrink_kernel(
 
 @jit
 def _shrink_tile(
-    x_ptr, weight_ptr, out_ptr, first, rows, columns, K, rank, out_slice_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, slot_ptr, slot, others, first, rows, columns, K, rank,
+    x_row_stride, out_slice_stride, out_row_stride,
+    SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Sums of ``rows`` rows of a group's A, from row ``first`` on, over ``columns`` columns."""
+    """Sums of ``rows`` rows of a group's A, from row ``first`` on, over ``columns`` columns of an input.
+
+    With SHARE, also those of the inputs among the ``others`` after it that have the same slot.
+    """
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = k < columns
     weight = tl.load(weight_ptr + n[:, None].to(tl.int64) * K + k, mask=(n < rows)[:, None] & inside, other=0.0)
     if WAIT == "late":
         gdc_wait()
+    weight = weight.to(tl.float32)
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     index = first + n
     target = out_ptr + (index // rank) * out_slice_stride + index % rank
-    tl.store(target, tl.sum(weight.to(tl.float32) * x.to(tl.float32), 1), mask=n < rows)
+    if SHARE == 1:
+        tl.store(target, tl.sum(weight * x.to(tl.float32), 1), mask=n < rows)
+    else:
+        live = others >= 0  # the first row, always
+        for other in range(1, others + 2):  # an input is under way while the one before it is summed
+            same = tl.load(slot_ptr + other, mask=other <= others, other=-1) == slot
+            x_ptr += x_row_stride
+            following = tl.load(x_ptr + k, mask=inside & same, other=0.0)
+            if live:
+                tl.store(target, tl.sum(weight * x.to(tl.float32), 1), mask=n < rows)
+            x = following
+            live = same
+            target += out_row_stride
 
 
 @jit(do_not_specialize=["a_unit"])  # it changes with the layer: compile once
 def _bgmv_shrink_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
     a_unit, K, SLICES, x_row_stride, out_split_stride, out_slice_stride, out_row_stride,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+    SHARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of slices * max_rank times SPLITS, batch): a group's A is one matrix of slices * rank rows."""
     if WAIT != "never":
@@ -160,33 +182,37 @@ def _bgmv_shrink_slices_kernel(
         gdc_wait()
     split = tl.program_id(0) % SPLITS
     first = tl.program_id(0) // SPLITS * BLOCK_N
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(lora_indices_ptr + row).to(tl.int64)
-    if slot < 0:
-        if WAIT == "late":
-            gdc_wait()
+    row = tl.program_id(1)
+    slot = tl.load(lora_indices_ptr + row)
+    idle = slot < 0
+    if SHARE > 1:
+        idle = idle | (not leads_its_share(lora_indices_ptr, row, slot, SHARE))
+    if idle:
+        wait_in_one_program(WAIT)
         return
-    rank = tl.load(slot_table_ptr + slot * 2 + 1)
+    others = tl.minimum(SHARE - row % SHARE, tl.num_programs(1) - row) - 1
+    entry = slot_table_ptr + slot.to(tl.int64) * 2
+    rank = tl.load(entry + 1)
     rows = (rank * SLICES).to(tl.int32) - first
     if rows <= 0:
-        if WAIT == "late":
-            gdc_wait()
+        wait_in_one_program(WAIT)
         return
     share = tl.cdiv(tl.cdiv(K, SPLITS), 16) * 16
     begin = split * share
     columns = tl.minimum(share, K - begin)
-    start = tl.load(slot_table_ptr + slot * 2) + rank * a_unit + first.to(tl.int64) * K
-    x_ptr = input_ptr + row * x_row_stride + begin
-    target_ptr = out_ptr + split * out_split_stride + row * out_row_stride
+    start = tl.load(entry) + rank * a_unit + first.to(tl.int64) * K
+    x_ptr = input_ptr + row.to(tl.int64) * x_row_stride + begin
+    target_ptr = out_ptr + split * out_split_stride + row.to(tl.int64) * out_row_stride
+    slot_ptr = lora_indices_ptr + row
     if start % 8 == 0:  # written so that the compiler sees it and loads whole vectors
-        weight_ptr = arena_ptr + start // 8 * 8 + begin
         _shrink_tile(
-            x_ptr, weight_ptr, target_ptr, first, rows, columns, K, rank, out_slice_stride, BLOCK_N, BLOCK_K, WAIT
+            x_ptr, arena_ptr + start // 8 * 8 + begin, target_ptr, slot_ptr, slot, others, first, rows, columns, K,
+            rank, x_row_stride, out_slice_stride, out_row_stride, SHARE, BLOCK_N, BLOCK_K, WAIT,
         )  # fmt: skip
     else:
-        weight_ptr = arena_ptr + start + begin
         _shrink_tile(
-            x_ptr, weight_ptr, target_ptr, first, rows, columns, K, rank, out_slice_stride, BLOCK_N, BLOCK_K, WAIT
+            x_ptr, arena_ptr + start + begin, target_ptr, slot_ptr, slot, others, first, rows, columns, K,
+            rank, x_row_stride, out_slice_stride, out_row_stride, SHARE, BLOCK_N, BLOCK_K, WAIT,
         )  # fmt: skip
 
 
@@ -198,7 +224,7 @@ torch.library.define(
 torch.library.define(
     "lorafleet::bgmv_shrink_slices",
     "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
-    "int in_features, int[] out_features, bool operands_ready=False, int[]? config=None) -> ()",
+    "int in_features, int[] out_features, int share=1, bool operands_ready=False, int[]? config=None) -> ()",
 )
 
 
@@ -237,6 +263,7 @@ def _check_shrink_slices(
     unit: int,
     in_features: int,
     out_features: list[int],
+    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
@@ -247,6 +274,7 @@ def _check_shrink_slices(
     check_tensor(op, "output", output, "(splits, slices, batch, max_rank)", (torch.float32,), inputs)
     check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
     check_output(op, "output", output, 2)
+    check_share(op, share)
     if inputs.shape[1] != group.in_features:
         raise ValueError(f"{op}: inputs are {inputs.shape[1]} wide but the group takes {group.in_features}; match them")
     if output.shape[0] != group.splits:
@@ -306,10 +334,11 @@ def _shrink_slices(
     unit: int,
     in_features: int,
     out_features: list[int],
+    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
-    _check_shrink_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features)
+    _check_shrink_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, share)
     check_indices("bgmv_shrink_slices", lora_indices, slot_table.shape[0])
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
@@ -336,6 +365,7 @@ def _shrink_slices(
             slices,
             inputs.stride(0),
             *output.stride()[:3],
+            SHARE=share,
             SPLITS=splits,
             BLOCK_K=width,
             num_warps=min(max(width // 256, 1), 8),

@@ -58,6 +58,12 @@ def check_rows(op: str, expected: int, **sizes: int) -> None:
         )
 
 
+def check_share(op: str, share: int) -> None:
+    """Checks the number of rows that read a shared adapter together."""
+    if share < 1 or share & (share - 1):
+        raise ValueError(f"{op}: share is {share}; give a power of two, 1 where rows have adapters of their own")
+
+
 def check_weights(
     op: str, name: str, weights: Tensor, shape: str, dtypes: Sequence[torch.dtype], inputs: Tensor
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.dispatch import jit, tl
+from kernels.dispatch import gdc_wait, jit, tl
 
 
 @jit
@@ -68,3 +68,18 @@ def locate_tile(tile, n0, n1, n2, n3, BLOCK_N: tl.constexpr):
     width = n0 + past0 * (n1 - n0) + past1 * (n2 - n1) + past2 * (n3 - n2)
     first = (tile - past0 * end0 - past1 * (end1 - end0) - past2 * (end2 - end1)) * BLOCK_N
     return past0 + past1 + past2, before, first, width - first
+
+
+@jit
+def leads_its_share(lora_indices_ptr, row, slot, SHARE: tl.constexpr):
+    """Whether ``row`` is the first with its slot in its aligned block of SHARE rows, for which it then stands."""
+    before = row // SHARE * SHARE + tl.arange(0, SHARE)
+    slots = tl.load(lora_indices_ptr + before, mask=before < row, other=-1)
+    return tl.sum((slots == slot).to(tl.int32), 0) == 0
+
+
+@jit
+def wait_in_one_program(WAIT: tl.constexpr):
+    """What a program with nothing to do owes the stream's order: while one waits, the kernel has not ended."""
+    if WAIT == "late" and tl.program_id(0) + tl.program_id(1) == 0:
+        gdc_wait()

@@ -123,11 +123,12 @@ def bgmv_expand_slices(
     lora_indices: Tensor,
     group: LoraGroup,
     add_inputs: bool = True,
+    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA B of a packed group, one row a token; see :func:`kernels.bgmv_expand.bgmv_expand_slices`."""
-    del operands_ready, override_config  # of the Triton kernel
+    del share, operands_ready, override_config  # of the Triton kernel
     inputs, packed = _aligned_rows(sum(inputs[1:], start=inputs[0])), output[:, : group.out_total]
     for adapter in _adapters(slot_table, lora_indices):
         matrices, hidden = _b_matrices(arena, adapter, group), inputs[:, :, : adapter.rank]
@@ -143,11 +144,12 @@ def bgmv_shrink_slices(
     output: Tensor,
     lora_indices: Tensor,
     group: LoraGroup,
+    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA A of a packed group, one row a token; see :func:`kernels.bgmv_shrink.bgmv_shrink_slices`."""
-    del operands_ready, override_config
+    del share, operands_ready, override_config
     inputs = _aligned_rows(inputs)
     share = -(-group.in_features // output.shape[0])
     share += -share % 16  # a part starts on a 64-byte boundary

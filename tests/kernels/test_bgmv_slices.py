@@ -244,6 +244,29 @@ def test_tile_height_changes_no_bit(
         assert torch.equal(out, results[0][1])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("width", [40, 4096])
+def test_sharing_an_adapters_read_changes_no_bit(
+    device: torch.device, pack_adapters: Callable[..., Any], width: int, dtype: torch.dtype
+) -> None:
+    """Blocks of rows with one adapter, with two, with none, and a block that the batch does not fill."""
+    packed = pack_adapters(LoraGroup(8, width, (64, 33)), (16, 8, 24), dtype, [0, 40000, 8 * 10**6])
+    group, slots = packed.group, [0, 0, 0, 0, 1, 2, 1, 1, -1, 2, -1, 2, 1]
+    x = torch.randn(len(slots), width).to(device, dtype)
+    index = torch.tensor(slots, device=device, dtype=torch.int32)
+    results = []
+    for share in (1, 2, 4, 8):
+        hidden = torch.full((group.splits, group.slices, len(slots), 24), 7.0, device=device)
+        out = torch.ones(len(slots), group.out_total, dtype=dtype, device=device)
+        bgmv_shrink_slices(x, packed.arena, packed.slot_table, hidden, index, group, share)
+        bgmv_expand_slices(hidden, packed.arena, packed.slot_table, out, index, group, share=share)
+        results.append((hidden, out))
+    assert (results[0][1][8] == 1).all()
+    for hidden, out in results[1:]:
+        assert torch.equal(hidden, results[0][0])
+        assert torch.equal(out, results[0][1])
+
+
 def _operands(pack_adapters: Callable[..., Any]) -> dict[str, Any]:
     packed = pack_adapters(GATE_UP, (4, 8), FP32)
     device = packed.arena.device
@@ -263,12 +286,12 @@ def test_operators_are_registered(pack_adapters: Callable[..., Any]) -> None:
     tests = ("test_schema", "test_faketensor")
     operators = torch.ops.lorafleet
     torch.library.opcheck(
-        operators.bgmv_expand_slices.default, (*given_.values(), *tail, True, False, None), test_utils=tests
+        operators.bgmv_expand_slices.default, (*given_.values(), *tail, True, 1, False, None), test_utils=tests
     )
     given_["inputs"] = torch.randn(3, group.in_features, device=given_["arena"].device)
     given_["output"] = torch.zeros(1, 2, 3, 8, device=given_["arena"].device)
     torch.library.opcheck(
-        operators.bgmv_shrink_slices.default, (*given_.values(), *tail, False, None), test_utils=tests
+        operators.bgmv_shrink_slices.default, (*given_.values(), *tail, 1, False, None), test_utils=tests
     )
 
 
@@ -348,6 +371,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "int32 table": ("slot_table", lambda t: t.int(), "slot_table has dtype torch.int32"),
     "table columns": ("slot_table", lambda t: t.repeat(1, 2), r"slot_table has shape \(3, 4\)"),
     "too many slices": ("group", lambda _: LoraGroup(0, 8, (1, 1, 1, 1, 1)), "a group of 5 slices"),
+    "share": ("share", lambda _: 3, "share is 3; give a power of two"),
     "slot number": ("lora_indices", lambda t: t.cpu() + 2, "row 0 has adapter index 3"),
 }
 
@@ -356,7 +380,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 def test_expand_refusals(pack_adapters: Callable[..., Any], device: torch.device, name: str) -> None:
     key, change, message = REFUSED[name]
     arguments = _operands(pack_adapters)
-    arguments[key] = change(arguments[key])
+    arguments[key] = change(arguments.get(key))
     if name == "slot number":  # contents are read on a CPU alone
         arguments = {k: v if isinstance(v, LoraGroup) else v.cpu() for k, v in arguments.items()}
     with pytest.raises(ValueError, match=message):
