@@ -8,12 +8,13 @@ neither read nor written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import interpreter_on, jit, launchable, tl, triton, use_triton
+from kernels.dispatch import interpreter_on, launchable, use_triton
 from kernels.lora_checks import (
     FLOATS,
     INTEGERS,
@@ -25,8 +26,8 @@ from kernels.lora_checks import (
     check_tensor,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import locate_tile
 from kernels.op_configs import get_lora_op_configs
+from kernels.sgmv_kernels import combine_kernel, expand_kernel, shrink_kernel
 
 __all__ = ["sgmv_expand", "sgmv_shrink"]
 
@@ -112,95 +113,12 @@ def sgmv_expand(
     )
 
 
-@jit
-def _dot(x, weight, total, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
-    """``total + x @ weight`` in fp32; both operands are widened to fp32 where their dtypes differ."""
-    if WIDEN:
-        x = x.to(tl.float32)
-        weight = weight.to(tl.float32)
-    return tl.dot(x, weight, total, input_precision=PRECISION)
-
-
-@jit(do_not_specialize=["a_unit", "token_tiles"])  # they change with layer and batch: compile once
-def _sgmv_shrink_kernel(
-    input_ptr, arena_ptr, slot_table_ptr, out_ptr, segment_starts_ptr, lora_indices_ptr,
-    a_unit, K, SLICES, token_tiles, x_row_stride, out_slice_stride, out_row_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid (token tiles * rank tiles, segments); a group's A is one matrix of slices * rank rows."""
-    segment = tl.program_id(1).to(tl.int64)
-    slot = tl.load(lora_indices_ptr + segment).to(tl.int64)
-    if slot < 0:
-        return
-    begin = tl.load(segment_starts_ptr + segment).to(tl.int64)
-    first_token = (tl.program_id(0) % token_tiles) * BLOCK_M
-    tokens = (tl.load(segment_starts_ptr + segment + 1) - begin).to(tl.int32) - first_token
-    rank = tl.load(slot_table_ptr + slot * 2 + 1)
-    first = (tl.program_id(0) // token_tiles) * BLOCK_N
-    count = (rank * SLICES).to(tl.int32) - first
-    if (tokens <= 0) | (count <= 0):
-        return
-
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    token = begin + first_token + m
-    weight_start = tl.load(slot_table_ptr + slot * 2) + rank * a_unit + first.to(tl.int64) * K
-    x_ptr = input_ptr + token[:, None] * x_row_stride + k[None, :]
-    weight_ptr = arena_ptr + weight_start + n[None, :].to(tl.int64) * K + k[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for done in range(0, K, BLOCK_K):
-        left = k < K - done
-        x = tl.load(x_ptr + done, mask=(m < tokens)[:, None] & left[None, :], other=0.0)
-        weight = tl.load(weight_ptr + done, mask=left[:, None] & (n < count)[None, :], other=0.0)
-        total = _dot(x, weight, total, WIDEN, PRECISION)
-
-    index = first + n
-    column = (index // rank) * out_slice_stride + index % rank
-    target = out_ptr + token[:, None] * out_row_stride + column[None, :]
-    tl.store(target, total, mask=(m < tokens)[:, None] & (n < count)[None, :])
-
-
-@jit(do_not_specialize=["b_unit", "token_tiles"])
-def _sgmv_expand_kernel(
-    input_ptr, arena_ptr, slot_table_ptr, out_ptr, segment_starts_ptr, lora_indices_ptr,
-    b_unit, n0, n1, n2, n3, token_tiles, x_slice_stride, x_row_stride, out_row_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr, ADD_INPUTS: tl.constexpr,
-):  # fmt: skip
-    """Grid (token tiles * column tiles of all slices, segments)."""
-    segment = tl.program_id(1).to(tl.int64)
-    slot = tl.load(lora_indices_ptr + segment).to(tl.int64)
-    if slot < 0:
-        return
-    begin = tl.load(segment_starts_ptr + segment).to(tl.int64)
-    first_token = (tl.program_id(0) % token_tiles) * BLOCK_M
-    tokens = (tl.load(segment_starts_ptr + segment + 1) - begin).to(tl.int32) - first_token
-    if tokens <= 0:
-        return
-    index, before, first, count = locate_tile(tl.program_id(0) // token_tiles, n0, n1, n2, n3, BLOCK_N)
-    rank = tl.load(slot_table_ptr + slot * 2 + 1)
-
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    token = begin + first_token + m
-    weight_start = tl.load(slot_table_ptr + slot * 2) + rank * (before + first + b_unit)
-    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + token[:, None] * x_row_stride + k[None, :]
-    weight_ptr = arena_ptr + weight_start + n[None, :] * rank + k[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for done in range(0, rank.to(tl.int32), BLOCK_K):
-        left = k < rank - done
-        x = tl.load(x_ptr + done, mask=(m < tokens)[:, None] & left[None, :], other=0.0)
-        weight = tl.load(weight_ptr + done, mask=left[:, None] & (n < count)[None, :], other=0.0)
-        total = _dot(x, weight, total, WIDEN, PRECISION)
-
-    target = out_ptr + token[:, None] * out_row_stride + (before + first + n)[None, :]
-    mask = (m < tokens)[:, None] & (n < count)[None, :]
-    if ADD_INPUTS:
-        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
+# The shrink's sum over a row of A is defined as the sum of its chunks' sums, in their order. So its bits are the
+# same whether one program adds the chunks up or one launch computes them side by side and a second one adds them.
+CHUNK = 512
+# Programs below which the chunks are computed side by side: about one for each of an H100's 132 multiprocessors.
+SPLIT_BELOW = 128
+COMBINE = {"BLOCK_M": 8, "num_warps": 4}
 
 
 _COMMON = "Tensor segment_starts, Tensor lora_indices, int unit, int in_features, int[] out_features, int max_segment"
@@ -314,31 +232,61 @@ def _shrink(
     if not use_triton(inputs):
         reference.sgmv_shrink(*tensors, group, max_segment)
         return
-    slices, _, max_rank = output.shape
+    slices, tokens, max_rank = output.shape
     segments = lora_indices.shape[0]
     if segments == 0 or max_segment == 0:
         return
-    # Triton's interpreter multiplies the bit patterns of bf16 operands of a dot.
-    widen = inputs.dtype != arena.dtype or (arena.dtype == torch.bfloat16 and interpreter_on())
-    launch = get_lora_op_configs("sgmv_shrink", inputs.shape[0], in_features, rank=max_rank)
-    if widen or arena.dtype == torch.float32:
-        launch["BLOCK_K"] = max(launch["BLOCK_K"] // 2, 16)  # configurations are for 16 bits: keep a step's bytes
-    token_tiles = triton.cdiv(max_segment, launch["BLOCK_M"])
-    grid = (token_tiles * triton.cdiv(slices * max_rank, launch["BLOCK_N"]), segments)
+    launch = get_lora_op_configs("sgmv_shrink", 1, in_features, rank=slices * max_rank)
+    if inputs.dtype != arena.dtype or arena.dtype == torch.float32:
+        launch |= {"BLOCK_M": 32, "BLOCK_N": min(launch["BLOCK_N"], 32), "BLOCK_K": 32, "num_stages": 2}
+    grid = _Grid.of(tokens, segments, max_segment, launch["BLOCK_M"], slices * max_rank, launch["BLOCK_N"])
+    chunks = -(-in_features // CHUNK)
+    split = chunks > 1 and grid.programs < SPLIT_BELOW
+    # One more dimension in front for the chunks' sums; neither host nor device waits for it, so a graph can hold it.
+    parts = output.new_empty((chunks, *output.shape)) if split else output[None]
     with torch.cuda.device_of(inputs):
-        launchable(_sgmv_shrink_kernel, inputs)[grid](
-            *tensors,
+        launchable(shrink_kernel, inputs)[(grid.programs, chunks if split else 1)](
+            inputs,
+            arena,
+            slot_table,
+            parts,
+            segment_starts,
+            lora_indices,
             group.a_unit(0),
             in_features,
             slices,
-            token_tiles,
+            segments,
+            grid.token_tiles,
+            grid.columns,
             inputs.stride(0),
-            output.stride(0),
-            output.stride(1),
-            WIDEN=widen,
-            PRECISION="ieee",  # matters for fp32 alone
+            *parts.stride()[:3],
+            CHUNK=CHUNK,
+            SPLIT=split,
+            FLAT=grid.flat,
+            ALIGNED=in_features % 8 == 0,
+            # Triton's interpreter multiplies the bit patterns of bf16 operands of a dot.
+            WIDEN=inputs.dtype != arena.dtype or (arena.dtype == torch.bfloat16 and interpreter_on()),
             **launch,
         )
+        if split:
+            grid = _Grid.of(tokens, segments, max_segment, COMBINE["BLOCK_M"], slices * max_rank, launch["BLOCK_N"])
+            launchable(combine_kernel, inputs)[(grid.programs,)](
+                parts,
+                slot_table,
+                output,
+                segment_starts,
+                lora_indices,
+                slices,
+                chunks,
+                segments,
+                grid.token_tiles,
+                grid.columns,
+                *parts.stride()[:3],
+                *output.stride()[:2],
+                BLOCK_N=launch["BLOCK_N"],
+                FLAT=grid.flat,
+                **COMBINE,
+            )
 
 
 @torch.library.impl("lorafleet::sgmv_expand", "default")
@@ -366,21 +314,44 @@ def _expand(
     segments = lora_indices.shape[0]
     if segments == 0 or max_segment == 0:
         return
-    launch = get_lora_op_configs("sgmv_expand", inputs.shape[1], group.out_total, rank=inputs.shape[2])
-    token_tiles = triton.cdiv(max_segment, launch["BLOCK_M"])
-    column_tiles = sum(triton.cdiv(width, launch["BLOCK_N"]) for width in out_features)
+    max_rank = inputs.shape[2]
+    launch = get_lora_op_configs("sgmv_expand", 1, group.out_total, rank=max_rank)
+    if arena.dtype == torch.float32:
+        launch |= {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}
+    column_tiles = sum(-(-width // launch["BLOCK_N"]) for width in out_features)
+    grid = _Grid.of(inputs.shape[1], segments, max_segment, launch["BLOCK_M"], column_tiles, 1)
     with torch.cuda.device_of(inputs):
-        launchable(_sgmv_expand_kernel, inputs)[(token_tiles * column_tiles, segments)](
+        launchable(expand_kernel, inputs)[(grid.programs,)](
             *tensors,
             group.b_unit(0),
             *[*out_features, 0, 0, 0][:4],
-            token_tiles,
+            segments,
+            grid.token_tiles,
+            grid.columns,
             inputs.stride(0),
             inputs.stride(1),
             output.stride(0),
-            WIDEN=arena.dtype != torch.float32,
-            # A 16-bit weight is exact in tf32 and the fp32 input is split in two, so this keeps fp32's accuracy.
-            PRECISION="ieee" if arena.dtype == torch.float32 else "tf32x3",
+            TERMS=0 if arena.dtype == torch.float32 else 2,
+            ONE_STEP=max_rank <= launch["BLOCK_K"],
+            EVEN_K=max_rank % launch["BLOCK_K"] == 0,
+            RANK_MAJOR=False,
+            FLAT=grid.flat,
             ADD_INPUTS=add_inputs,
             **launch,
         )
+
+
+class _Grid(NamedTuple):
+    """How a launch is divided: programs in all, column tiles of a token tile, token tiles of a segment."""
+
+    programs: int
+    columns: int
+    token_tiles: int
+    flat: bool  # token tiles are dealt out to the segments by their lengths, not the same number to each
+
+    @staticmethod
+    def of(tokens: int, segments: int, max_segment: int, block_m: int, width: int, block_n: int) -> _Grid:
+        """The smaller of the two grids: nothing on the host knows how long each segment is."""
+        columns, token_tiles = -(-width // block_n), -(-max_segment // block_m)
+        even, flat = segments * token_tiles, -(-tokens // block_m) + segments
+        return _Grid(min(even, flat) * columns, columns, token_tiles, flat < even)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import reference
+from kernels import reference, sgmv
+from kernels.dispatch import interpreter_on
 from kernels.lora_group import LoraGroup
 from kernels.sgmv import sgmv_expand, sgmv_shrink
 
@@ -90,7 +92,7 @@ def test_mixed_segments(
     check_both(ops, assert_rounded_once, packed, starts, [0, 1, -1, 0, 2], dtype, dtype)
 
 
-@pytest.mark.parametrize("rank", [1, 4, 5, 8, 12, 16, 33, 64, 128])
+@pytest.mark.parametrize("rank", [1, 4, 5, 8, 12, 16, 29, 33, 64, 128, 255, 256])
 def test_every_rank(
     ops: SimpleNamespace, assert_rounded_once: Callable[..., None], pack_adapters: Callable[..., Any], rank: int
 ) -> None:
@@ -192,6 +194,75 @@ def test_a_segment_is_the_same_bits_in_any_company(
     together = delta(x, [0, 3, 20, 21], slots)
     for part, slot in zip(torch.split(torch.arange(21), lengths), slots, strict=True):
         assert torch.equal(delta(x[part], [0, len(part)], [slot]), together[part])
+
+
+@pytest.mark.parametrize("loose", [17, 10**6], ids=["even grid", "flat grid"])
+def test_a_token_is_the_same_bits_however_its_prompt_is_cut(
+    device: torch.device, pack_adapters: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, loose: int
+) -> None:
+    """Chunks of a prompt, other segments and base rows beside it, one launch or two: all sum in one order."""
+    group, slots = LoraGroup(16, 1184, (40, 130)), 1
+    packed = pack_adapters(group, (8, 5), BF16, offsets=(64, 64 + 8 * (16 + group.size)))
+    x = torch.randn(21, group.in_features).to(device, BF16)
+
+    def delta(first: int, cuts: list[int], indices: list[int], split_below: int) -> torch.Tensor:
+        monkeypatch.setattr(sgmv, "SPLIT_BELOW", split_below)
+        hidden = torch.full((group.slices, len(x), 16), torch.nan, device=device)
+        out = torch.ones(len(x), group.out_total, dtype=BF16, device=device)
+        where, index = torch.tensor(cuts, device=device), torch.tensor(indices, device=device)
+        longest = max(*(b - a for a, b in pairwise(cuts)), loose)
+        sgmv_shrink(x[first:], packed.arena, packed.slot_table, hidden[:, first:], where, index, group, longest)
+        sgmv_expand(hidden[:, first:], packed.arena, packed.slot_table, out[first:], where, index, group, longest)
+        return torch.cat([hidden[:, 3:20, :5].flatten(), out[3:20].flatten().float()])
+
+    whole = delta(3, [0, 17], [slots], 0)
+    assert not whole.isnan().any()
+    assert torch.equal(delta(3, [0, 17], [slots], 10**6), whole), "chunks side by side"
+    assert torch.equal(delta(0, [0, 3, 20, 21], [0, slots, -1], 0), whole), "in company"
+    cut = delta(0, [3, 3, 4, 15, 20], [0, *[slots] * 3], 10**6)
+    if device.type == "cuda":
+        assert torch.equal(cut, whole), "cut in three"
+    else:  # a product of NumPy or MKL sums a row in an order that depends on where in the matrix it lies
+        torch.testing.assert_close(cut, whole, rtol=2**-7, atol=1e-3)
+
+
+def test_many_ragged_segments(
+    ops: SimpleNamespace, assert_rounded_once: Callable[..., None], pack_adapters: Callable[..., Any]
+) -> None:
+    """More segments than one look at their starts takes in, one of them much longer than the others."""
+    packed = pack_adapters(LoraGroup(3, 20, (17, 5)), (4, 7, 1), BF16)
+    lengths = [index % 3 for index in range(150)] + [131] + [index % 2 for index in range(20)]
+    starts = [9, *(9 + total for total in accumulate(lengths))]
+    check_both(ops, assert_rounded_once, packed, starts, [index % 4 - 1 for index in range(171)], BF16, BF16)
+
+
+@pytest.mark.parametrize("rank", [5, 16, 256])
+@pytest.mark.parametrize(
+    ("arena_dtype", "output_dtype", "size"), [(BF16, BF16, 1.0), (BF16, FP16, 1.0), (FP16, FP16, 2.0**22)], ids=str
+)
+def test_expand_is_as_good_as_fp32_rounded_once(
+    ops: SimpleNamespace,
+    device: torch.device,
+    pack_adapters: Callable[..., Any],
+    arena_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    size: float,
+    rank: int,
+) -> None:
+    """Relative error over the whole output; ``size`` takes fp32 activations past fp16's range and B to its low end."""
+    group = LoraGroup(0, 8, (200,))
+    packed = pack_adapters(group, (rank,), arena_dtype)
+    b = (packed.arena[packed.slot_table[0, 0] + 8 * rank :][: 200 * rank] / size).view(200, rank)
+    packed.arena[packed.slot_table[0, 0] + 8 * rank :][: 200 * rank] = b.flatten()
+    hidden = torch.randn(1, 70, rank, device=device) * 2.0 ** torch.randint(-6, 3, (1, 70, rank), device=device) * size
+    output = torch.zeros(70, 200, dtype=output_dtype, device=device)
+    starts, index = torch.tensor([0, 70], device=device), torch.tensor([0], device=device)
+    ops.expand(hidden, packed.arena, packed.slot_table, output, starts, index, group, 70)
+    exact = hidden[0].double() @ b.double().T
+    error = (output.double() - exact).norm()
+    once = (exact.float().to(output_dtype).double() - exact).norm()
+    truncates = device.type == "cpu" and interpreter_on() and output_dtype == BF16
+    assert error <= 1.2 * once * (2 if truncates else 1)
 
 
 def _operands(pack_adapters: Callable[..., Any]) -> dict[str, Any]:
