@@ -2,12 +2,13 @@
 
 Shapes, in both functions:
 
-- ``key_cache``, ``value_cache``: (pages, page_size, kv_heads, head_dim), last dim contiguous;
+- ``key_cache``, ``value_cache``: (pages, page_size, kv_heads, head_dim), last dim contiguous, strides equal;
 - ``page_table``: (rows, max_pages) int32; entry j of a row is the page of its positions
   ``j * page_size .. (j + 1) * page_size - 1``;
 - ``context_lens``: (rows,) int32, cached positions including this step's;
 - ``q``, ``out``: (tokens, heads, head_dim), fp32, bf16 or fp16, last dim contiguous. Other strides are free, so
-  ``q`` may be a view into a packed q|k|v row. ``heads`` is a multiple of ``kv_heads``, by any factor.
+  ``q`` may be a view into a packed q|k|v row. ``heads`` is a multiple of ``kv_heads``, by any factor;
+- ``scale``: factor of the scores before the softmax, positive.
 
 Lengths and page tables are read on the device and launches are sized from shapes alone, so both calls can be
 captured in a CUDA graph. Page-table entries, page tails and pages that no query may see are never read into the
@@ -20,6 +21,9 @@ may not see changes no bit of its result.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -28,16 +32,52 @@ from kernels.attention_kernels import combine_kernel, decode_kernel, prefill_ker
 from kernels.dispatch import interpreter_on, launchable, triton, use_triton
 
 _LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 16
+_MAX_SPLITS = 64
 _KEYS_PER_SPLIT = 256  # a multiple of every key block
 
 
-def default_splits(max_pages: int, page_size: int) -> int:
-    """Most pieces that decode cuts a row's keys into, for a page table of ``max_pages`` columns: 1 to 16.
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel cuts its work.
 
-    Pieces hold 256 keys, or a 16th of the row's keys where that is more. So how a row is cut, and with it every bit
+    keys: keys a block. warps, stages: Triton's. queries: (query, head) pairs a tile, of prefill. workers: programs
+    a multiprocessor that decode launches, at most.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    queries: int = 0
+    workers: int = 0
+
+
+def decode_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Tiles of ``paged_decode``: a matter of dtype and head_dim alone, as the bits of a result follow from them."""
+    if dtype is torch.float32:
+        return Tiles(keys=32 if head_dim <= 64 else 16, warps=8, stages=2, workers=2)
+    if head_dim <= 128:
+        return Tiles(keys=64, warps=4, stages=3, workers=3)
+    return Tiles(keys=32, warps=4, stages=3, workers=2)
+
+
+def prefill_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+    """Tiles of ``paged_prefill``: the widest that spill no register on sm_90.
+
+    fp32 runs on the plain arithmetic units, where each thread holds whole rows of its operands.
+    """
+    if dtype is torch.float32:
+        return Tiles(queries=32, keys=32 if head_dim <= 64 else 16, warps=8, stages=2)
+    if head_dim <= 128:
+        return Tiles(queries=128, keys=64, warps=8, stages=3)
+    return Tiles(queries=128, keys=32, warps=8, stages=3)
+
+
+def default_splits(max_pages: int, page_size: int) -> int:
+    """Most pieces that decode cuts a row's keys into, for a page table of ``max_pages`` columns: 1 to 64.
+
+    Pieces hold 256 keys, or a 64th of the row's keys where that is more. So how a row is cut, and with it every bit
     of its result, follows from its own length: not from the batch, nor from the table's width, which only decides
-    how many pieces the launch has room for. Pieces that a short row leaves empty end at once.
+    how many pieces there is room for.
     """
     return max(1, min(_MAX_SPLITS, -(-max_pages * page_size // _KEYS_PER_SPLIT)))
 
@@ -62,31 +102,32 @@ def paged_decode(
 
     Raises ValueError when shapes or strides do not fit together.
     """
-    _check(q, key_cache, value_cache, page_table, context_lens, out)
+    _check(q, key_cache, value_cache, page_table, context_lens, out, scale)
     if q.shape[0] != context_lens.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows but context_lens {context_lens.shape[0]}; decode takes one per row")
     rows, heads, head_dim = q.shape
     page_size, kv_heads = key_cache.shape[1:3]
-    splits = default_splits(page_table.shape[1], page_size) if num_splits is None else num_splits
-    if splits < 1:
+    room = default_splits(page_table.shape[1], page_size) if num_splits is None else num_splits
+    if room < 1:
         raise ValueError(f"num_splits is {num_splits} but must be 1 or more, or None to choose")
     if not use_triton(q):
         reference_attention.paged_decode(
-            q, key_cache, value_cache, page_table, context_lens, out, scale, sliding_window, splits
+            q, key_cache, value_cache, page_table, context_lens, out, scale, sliding_window, num_splits
         )
         return
     if rows == 0:
         return
     group = heads // kv_heads
     block_d = triton.next_power_of_2(head_dim)
-    block_n, warps = _key_block(q)
-    min_blocks = _KEYS_PER_SPLIT // block_n if num_splits is None else 1
-    # One split writes to out at once and needs no scratch.
-    scratch = (rows, heads, splits) if splits > 1 else (0, 0, 0)
+    tiles = decode_tiles(q.dtype, head_dim)
+    most, min_blocks = (_MAX_SPLITS, _KEYS_PER_SPLIT // tiles.keys) if num_splits is None else (num_splits, 1)
+    # Rows of one split write to out at once and need no scratch.
+    scratch = (rows, heads, room) if room > 1 else (0, 0, 0)
     sums = torch.empty((*scratch, head_dim), dtype=torch.float32, device=q.device)
     peaks = torch.empty(scratch, dtype=torch.float32, device=q.device)
     masses = torch.empty(scratch, dtype=torch.float32, device=q.device)
-    launchable(decode_kernel, q)[(splits, kv_heads, rows)](
+    workers = min(rows * kv_heads * room, tiles.workers * _multiprocessors(q.device))
+    launchable(decode_kernel, q)[(workers,)](
         q,
         key_cache,
         value_cache,
@@ -98,24 +139,27 @@ def paged_decode(
         masses,
         *q.stride()[:2],
         *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
         page_table.stride(0),
         *out.stride()[:2],
+        rows,
+        room,
+        most,
+        min_blocks,
         scale * _LOG2_E,
         GROUP=group,
+        KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         WINDOW=sliding_window,
-        SPLITS=splits,
-        MIN_BLOCKS=min_blocks,
+        BLOCK_R=_row_block(rows),
         BLOCK_M=max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows at least
-        BLOCK_N=block_n,
+        BLOCK_N=tiles.keys,
         BLOCK_D=block_d,
         WIDEN=_widen(q),
-        num_warps=warps,
-        num_stages=2,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
-    if splits > 1:
+    if room > 1:
         launchable(combine_kernel, q)[(heads, rows)](
             sums,
             peaks,
@@ -123,12 +167,13 @@ def paged_decode(
             context_lens,
             out,
             *out.stride()[:2],
+            room,
+            most,
+            min_blocks,
             HEAD_DIM=head_dim,
             WINDOW=sliding_window,
-            SPLITS=splits,
-            MIN_BLOCKS=min_blocks,
-            BLOCK_N=block_n,
-            BLOCK_S=max(_MAX_SPLITS, triton.next_power_of_2(splits)),  # one order of summing whatever the splits
+            BLOCK_N=tiles.keys,
+            BLOCK_S=max(_MAX_SPLITS, triton.next_power_of_2(room)),  # one order of summing whatever the splits
             BLOCK_D=block_d,
             num_warps=4,
         )
@@ -156,13 +201,14 @@ def paged_prefill(
     A query's result does not depend on how its prompt was cut into chunks, up to fp32 rounding.
     Raises ValueError when shapes or strides do not fit together.
     """
-    _check(q, key_cache, value_cache, page_table, context_lens, out)
+    _check(q, key_cache, value_cache, page_table, context_lens, out, scale)
     if query_starts.shape[0] != context_lens.shape[0] + 1:
         raise ValueError(
             f"query_starts has {query_starts.shape[0]} entries but must have rows + 1 = {context_lens.shape[0] + 1}"
         )
-    rows, heads = context_lens.shape[0], q.shape[1]
-    page_size, kv_heads, head_dim = key_cache.shape[1:]
+    tokens, heads, head_dim = q.shape
+    rows = context_lens.shape[0]
+    page_size, kv_heads = key_cache.shape[1:3]
     if not use_triton(q):
         reference_attention.paged_prefill(
             q,
@@ -180,10 +226,10 @@ def paged_prefill(
     if rows == 0 or max_query_len == 0:
         return
     group = heads // kv_heads
-    block_d = triton.next_power_of_2(head_dim)
-    block_m = 32 if q.dtype is torch.float32 else 64
-    block_n, warps = _key_block(q)
-    launchable(prefill_kernel, q)[(triton.cdiv(max_query_len * group, block_m), rows, kv_heads)](
+    tiles = prefill_tiles(q.dtype, head_dim)
+    # Tiles that the rows can have between them: each row ends in the middle of one.
+    places = min(rows * triton.cdiv(max_query_len * group, tiles.queries), tokens * group // tiles.queries + rows)
+    launchable(prefill_kernel, q)[(kv_heads * places,)](
         q,
         key_cache,
         value_cache,
@@ -193,32 +239,33 @@ def paged_prefill(
         out,
         *q.stride()[:2],
         *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
         page_table.stride(0),
         *out.stride()[:2],
+        rows,
         scale * _LOG2_E,
         GROUP=group,
+        KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         WINDOW=sliding_window,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
+        BLOCK_R=_row_block(rows),
+        BLOCK_M=tiles.queries,
+        BLOCK_N=tiles.keys,
+        BLOCK_D=triton.next_power_of_2(head_dim),
         WIDEN=_widen(q),
-        num_warps=warps,
-        num_stages=2,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
 
 
-def _key_block(q: Tensor) -> tuple[int, int]:
-    """(keys per block, warps) for q's dtype and head_dim: the widest block that spills no register on sm_90.
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter's programs run one after the other, so a few will do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
-    fp32 runs on the plain arithmetic units, where each thread holds whole rows of its operands.
-    """
-    head_dim = q.shape[-1]
-    if q.dtype is torch.float32:
-        return (32 if head_dim <= 64 else 16), 8
-    return (64 if head_dim <= 128 else 32), 4
+
+def _row_block(rows: int) -> int:
+    return max(32, int(triton.next_power_of_2(rows)))  # one compiled kernel for all small batches
 
 
 def _widen(q: Tensor) -> bool:
@@ -226,7 +273,13 @@ def _widen(q: Tensor) -> bool:
 
 
 def _check(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, context_lens: Tensor, out: Tensor
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    scale: float,
 ) -> None:
     heads, head_dim = q.shape[1:]
     kv_heads = key_cache.shape[2]
@@ -234,6 +287,10 @@ def _check(
         raise ValueError(
             f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} must be equal in shape "
             f"and end in q's head_dim, {head_dim}"
+        )
+    if key_cache.stride() != value_cache.stride():
+        raise ValueError(
+            f"key_cache has strides {key_cache.stride()} and value_cache {value_cache.stride()}: they must be equal"
         )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
@@ -245,6 +302,8 @@ def _check(
         raise ValueError(
             f"q is {q.dtype}, the caches {key_cache.dtype} and {value_cache.dtype}: they must be one dtype"
         )
+    if not scale > 0:
+        raise ValueError(f"scale is {scale} but must be positive")
     for name, tensor in (
         ("q", q),
         ("key_cache", key_cache),

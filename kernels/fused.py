@@ -52,7 +52,7 @@ def residual_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: f
         HIDDEN=hidden,
         HAS_RESIDUAL=residual is not None,
         BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=norm_warps(hidden),
     )
 
 
@@ -74,7 +74,7 @@ def rope_write_kv(
     cos_sin: (max_positions, head_dim) fp32, cosines then sines, head_dim / 2 of each.
     positions: (tokens,) int64, rows of cos_sin.
     kv_slots: (tokens,) int64, ``page * page_size + offset``; -1 writes nothing.
-    key_cache, value_cache: (pages, page_size, kv_heads, head_dim), last dim contiguous.
+    key_cache, value_cache: (pages, page_size, kv_heads, head_dim), last dim contiguous, strides equal.
     q_weight, k_weight: (head_dim,), both or neither: an RMSNorm of every q and k head before the rotation (Qwen3).
     eps: of that norm.
     Raises ValueError when shapes or strides do not fit together.
@@ -90,8 +90,8 @@ def rope_write_kv(
         raise ValueError(f"cos_sin has {cos_sin.shape[1]} columns; it needs head_dim, {head_dim}, an even number")
     if positions.shape != (tokens,) or kv_slots.shape != (tokens,):
         raise ValueError(f"positions {tuple(positions.shape)}, kv_slots {tuple(kv_slots.shape)}: each must be {tokens}")
-    if key_cache.shape != value_cache.shape or key_cache.stride(-1) != 1 or value_cache.stride(-1) != 1:
-        raise ValueError("key_cache and value_cache must be equal in shape with a contiguous last dim")
+    if key_cache.shape != value_cache.shape or key_cache.stride() != value_cache.stride() or key_cache.stride(-1) != 1:
+        raise ValueError("key_cache and value_cache must be equal in shape and strides, with a contiguous last dim")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("pass q_weight and k_weight together, or neither")
     if not use_triton(qkv):
@@ -101,8 +101,8 @@ def rope_write_kv(
         return
     if tokens == 0:
         return
-    block_h = min(8, triton.next_power_of_2(num_heads + kv_heads))
-    launchable(rope_write_kv_kernel, qkv)[(tokens, triton.cdiv(num_heads + kv_heads, block_h))](
+    block_h, warps = rope_block(num_heads + 2 * kv_heads)
+    launchable(rope_write_kv_kernel, qkv)[(tokens * triton.cdiv(num_heads + 2 * kv_heads, block_h),)](
         qkv,
         cos_sin,
         positions,
@@ -114,7 +114,6 @@ def rope_write_kv(
         qkv.stride(0),
         cos_sin.stride(0),
         *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
         eps,
         HEADS=num_heads,
         KV_HEADS=kv_heads,
@@ -123,7 +122,7 @@ def rope_write_kv(
         NORM=q_weight is not None,
         BLOCK_H=block_h,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        num_warps=4,
+        num_warps=warps,
         enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of the product
     )
 
@@ -144,7 +143,22 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     inter = width // 2
     if tokens == 0:
         return
-    block = min(1024, triton.next_power_of_2(inter))
-    launchable(silu_mul_kernel, gate_up)[(tokens, triton.cdiv(inter, block))](
-        gate_up, out, gate_up.stride(0), out.stride(0), INTER=inter, BLOCK=block, num_warps=4
+    block, warps = silu_block(tokens, inter)
+    launchable(silu_mul_kernel, gate_up)[(tokens * triton.cdiv(inter, block),)](
+        gate_up, out, gate_up.stride(0), out.stride(0), INTER=inter, BLOCK=block, num_warps=warps
     )
+
+
+def norm_warps(hidden: int) -> int:
+    """Warps of ``residual_rms_norm``: two 16-byte loads a thread."""
+    return int(min(16, max(1, triton.next_power_of_2(hidden) // 512)))
+
+
+def rope_block(heads: int) -> tuple[int, int]:
+    """(heads, warps) a program of ``rope_write_kv``."""
+    return int(min(16, triton.next_power_of_2(heads))), 4
+
+
+def silu_block(tokens: int, inter: int) -> tuple[int, int]:
+    """(columns, warps) a program of ``silu_mul``: larger ones where there are enough of them."""
+    return int(min(1024 if tokens <= 128 else 2048, triton.next_power_of_2(inter))), 4

@@ -1,7 +1,8 @@
 """The Triton kernels of ``kernels.fused``, which says what they compute and launches them.
 
 Strides are in elements, offsets int64. Every product is taken in fp32 and rounded explicitly, so that no compiler
-fuses two steps between which Hugging Face's modules round.
+fuses two steps between which Hugging Face's modules round. All loads come before the first store: none may wait for
+it.
 """
 
 from __future__ import annotations
@@ -51,12 +52,9 @@ def rope_write_kv_kernel(
     k_weight,
     qkv_token,
     table_row,
-    k_page,
-    k_slot,
-    k_head,
-    v_page,
-    v_slot,
-    v_head,
+    cache_page,
+    cache_slot,
+    cache_head,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -66,18 +64,25 @@ def rope_write_kv_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """Grid (tokens, blocks of BLOCK_H heads). Query heads come first, then key heads, which take their value along."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    """Grid (tokens * blocks,): BLOCK_H of a token's q|k|v heads; v heads are carried through."""
+    BLOCKS: tl.constexpr = (HEADS + 2 * KV_HEADS + BLOCK_H - 1) // BLOCK_H
+    token = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    head = tl.program_id(0) % BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
     half = tl.arange(0, BLOCK_HALF)
     HALF: tl.constexpr = HEAD_DIM // 2
     inside = half < HALF
-    is_query = (head < HEADS)[:, None] & inside[None, :]
-    is_key = ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None] & inside[None, :]
     place = qkv + token * qkv_token + (head * HEAD_DIM)[:, None] + half[None, :]
+    exists = (head < HEADS + 2 * KV_HEADS)[:, None] & inside[None, :]
     dtype = qkv.dtype.element_ty
-    low = tl.load(place, mask=is_query | is_key, other=0.0).to(tl.float32)
-    high = tl.load(place + HALF, mask=is_query | is_key, other=0.0).to(tl.float32)
+    slot = tl.load(kv_slots + token)
+    angles = cos_sin + tl.load(positions + token) * table_row + half
+    old_low = tl.load(place, mask=exists, other=0.0)
+    old_high = tl.load(place + HALF, mask=exists, other=0.0)
+    cos = tl.load(angles, mask=inside, other=0.0).to(dtype).to(tl.float32)[None, :]
+    sin = tl.load(angles + HALF, mask=inside, other=0.0).to(dtype).to(tl.float32)[None, :]
+    low = old_low.to(tl.float32)
+    high = old_high.to(tl.float32)
+    is_query = (head < HEADS)[:, None]
     if NORM:
         spread = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)[:, None]
         q_low = tl.load(q_weight + half, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -88,33 +93,28 @@ def rope_write_kv_kernel(
         high = (high * spread).to(dtype).to(tl.float32) * tl.where(is_query, q_high, k_high)
         low = low.to(dtype).to(tl.float32)
         high = high.to(dtype).to(tl.float32)
-    angles = cos_sin + tl.load(positions + token) * table_row + half
-    cos = tl.load(angles, mask=inside, other=0.0).to(dtype).to(tl.float32)[None, :]
-    sin = tl.load(angles + HALF, mask=inside, other=0.0).to(dtype).to(tl.float32)[None, :]
     new_low = ((low * cos).to(dtype).to(tl.float32) - (high * sin).to(dtype).to(tl.float32)).to(dtype)
     new_high = ((high * cos).to(dtype).to(tl.float32) + (low * sin).to(dtype).to(tl.float32)).to(dtype)
-    tl.store(place, new_low, mask=is_query)
-    tl.store(place + HALF, new_high, mask=is_query)
-    slot = tl.load(kv_slots + token)
-    is_key = is_key & (slot >= 0)
-    page = slot // PAGE_SIZE
-    offset = slot % PAGE_SIZE
-    kv_head = (head - HEADS)[:, None]
-    key_place = key_cache + page * k_page + offset * k_slot + kv_head * k_head + half[None, :]
+    tl.store(place, new_low, mask=is_query & exists)
+    tl.store(place + HALF, new_high, mask=is_query & exists)
+    written = exists & (slot >= 0)
+    cached = slot // PAGE_SIZE * cache_page + slot % PAGE_SIZE * cache_slot
+    is_key = ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None] & written
+    key_place = key_cache + cached + ((head - HEADS) * cache_head)[:, None] + half[None, :]
     tl.store(key_place, new_low.to(key_cache.dtype.element_ty), mask=is_key)
     tl.store(key_place + HALF, new_high.to(key_cache.dtype.element_ty), mask=is_key)
-    value = place + KV_HEADS * HEAD_DIM
-    value_place = value_cache + page * v_page + offset * v_slot + kv_head * v_head + half[None, :]
-    tl.store(value_place, tl.load(value, mask=is_key, other=0.0).to(value_cache.dtype.element_ty), mask=is_key)
-    value_high = tl.load(value + HALF, mask=is_key, other=0.0)
-    tl.store(value_place + HALF, value_high.to(value_cache.dtype.element_ty), mask=is_key)
+    is_value = (head >= HEADS + KV_HEADS)[:, None] & written
+    value_place = value_cache + cached + ((head - HEADS - KV_HEADS) * cache_head)[:, None] + half[None, :]
+    tl.store(value_place, old_low.to(value_cache.dtype.element_ty), mask=is_value)
+    tl.store(value_place + HALF, old_high.to(value_cache.dtype.element_ty), mask=is_value)
 
 
 @jit
 def silu_mul_kernel(gate_up, out, gate_up_token, out_token, INTER: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (tokens, blocks of columns)."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Grid (tokens * blocks of columns,)."""
+    BLOCKS: tl.constexpr = (INTER + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    columns = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = columns < INTER
     place = gate_up + token * gate_up_token + columns
     gate = tl.load(place, mask=inside, other=0.0)

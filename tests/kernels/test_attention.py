@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import ModuleType
 
 import pytest
@@ -279,8 +279,39 @@ def test_decode_row_does_not_depend_on_the_batch(module: ModuleType, device: tor
         assert torch.equal(decode([row], pages)[0], together[row])
 
 
+@pytest.mark.parametrize("window", [0, 40])
+def test_prefill_row_does_not_depend_on_the_batch(module: ModuleType, device: torch.device, window: int) -> None:
+    """Bit for bit: alone, and elsewhere in other batches whose tokens begin elsewhere."""
+    prefixes, chunks, shape = [3, 90, 0, 17], [70, 1, 130, 33], Shape(6, 2, 64, dtype=FP16)
+    cache = Cache.make(device, [p + c for p, c in zip(prefixes, chunks, strict=True)], shape)
+    queries = [torch.randn(chunk, 6, 64, device=device).half() for chunk in chunks]
+
+    def prefill(rows: list[int], first: int) -> list[Tensor]:
+        q = torch.cat([torch.zeros(first, 6, 64, dtype=FP16, device=device), *(queries[row] for row in rows)])
+        starts = list(accumulate((chunks[row] for row in rows), initial=first))
+        out = torch.empty_like(q)
+        module.paged_prefill(
+            q,
+            cache.keys,
+            cache.values,
+            cache.page_table[rows],
+            torch.tensor(starts, dtype=torch.int32, device=device),
+            cache.context_lens[rows],
+            out,
+            0.125,
+            max(chunks[row] for row in rows),
+            window,
+        )
+        return [out[begin:end] for begin, end in pairwise(starts)]
+
+    together = prefill([0, 1, 2, 3], 0)
+    for rows, first in (([2, 0, 0], 5), ([3], 0), ([1, 3], 1)):
+        for row, result in zip(rows, prefill(rows, first), strict=True):
+            assert torch.equal(result, together[row])
+
+
 def test_default_splits_are_a_matter_of_capacity() -> None:
-    assert [default_splits(pages, 16) for pages in (0, 1, 16, 17, 100, 256, 100_000)] == [1, 1, 1, 2, 7, 16, 16]
+    assert [default_splits(pages, 16) for pages in (0, 1, 16, 17, 100, 256, 100_000)] == [1, 1, 1, 2, 7, 16, 64]
 
 
 @pytest.mark.parametrize("window", [0, 30])
@@ -330,6 +361,8 @@ def test_empty_batches(module: ModuleType, device: torch.device) -> None:
         ({"out": torch.zeros(2, 2, 32)}, r"out \(2, 2, 32\)"),
         ({"page_table": torch.zeros(3, 2, dtype=torch.int32)}, "page_table has 3 rows but context_lens 2"),
         ({"value_cache": torch.zeros(4, 16, 1, 32)}, r"value_cache \(4, 16, 1, 32\)"),
+        ({"value_cache": torch.zeros(4, 2, 16, 32).transpose(1, 2)}, r"value_cache \(1024, 32, 512, 1\)"),
+        ({"scale": 0.0}, "scale is 0.0"),
         ({"num_splits": 0}, "num_splits is 0"),
         ({"q": torch.zeros(3, 4, 32), "out": torch.zeros(3, 4, 32)}, "q has 3 rows but context_lens 2"),
     ],
