@@ -20,6 +20,7 @@ from benchmarks.kernel_case import Case
 from benchmarks.kernel_setting import KernelSetting
 from benchmarks.report import Row
 from benchmarks.timing import Recording, race
+from engine.batch import lora_share
 from engine.linear import LoraStep, PackedLinear
 from engine.lora_targets import adapter_layout
 from engine.spec import ModelSpec
@@ -62,7 +63,11 @@ class LoraModel:
         return linear
 
     def inputs(self, lora_indices: list[int], length: int) -> StepInputs:
-        """A step of one token a row, or of prompts of ``length`` tokens when that is more than 1."""
+        """A step of one token a row, or of prompts of ``length`` tokens when that is more than 1.
+
+        Decode rows are in the order that the scheduler gives them, so that neighbours may share an adapter.
+        """
+        lora_indices = sorted(lora_indices)
         rows, device = len(lora_indices), self.setting.device
         tokens = torch.zeros(rows * length, dtype=torch.int64, device=device)
         starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
@@ -78,6 +83,7 @@ class LoraModel:
             num_decode_rows=rows if length == 1 else 0,
             max_query_len=length if length > 1 else 0,
             has_lora=True,
+            lora_share=lora_share(lora_indices) if length == 1 else 1,
         )
 
     def activations(self, tokens: int) -> dict[int, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.distributions import choose_adapters
 from benchmarks.kernel_setting import KernelSetting
 from benchmarks.timing import Step
+from engine.batch import lora_share
 from kernels import reference
 from kernels.bgmv_expand import bgmv_expand, bgmv_expand_slices
 from kernels.bgmv_shrink import bgmv_shrink, bgmv_shrink_slices
@@ -59,7 +60,8 @@ class LoraWork:
 class AdapterRows:
     """Which adapter of a pool each row uses, for each step: ``(steps, batch)`` int32, -1 for base rows.
 
-    Rows of one step share what the distribution makes them share; each step moves on by ``distinct`` adapters.
+    Rows of one step share what the distribution makes them share, those of one adapter side by side; each step moves
+    on by ``distinct`` adapters.
     """
 
     indices: list[Tensor]
@@ -68,7 +70,7 @@ class AdapterRows:
 
     @classmethod
     def make(cls, setting: KernelSetting, dist: str, batch: int, available: int, steps: int) -> AdapterRows:
-        chosen = choose_adapters(dist, batch, min(ADAPTERS, available), random.Random(0))
+        chosen = sorted(choose_adapters(dist, batch, min(ADAPTERS, available), random.Random(0)))
         number = {adapter: count for count, adapter in enumerate(dict.fromkeys(chosen))}
         first = torch.tensor([-1 if adapter < 0 else number[adapter] for adapter in chosen], dtype=torch.int32)
         distinct = len(number) - (-1 in number)
@@ -132,7 +134,7 @@ def group_work(
     """``bgmv_expand_slices`` or ``bgmv_shrink_slices`` (``op``) of one packed group, adapters as in the slots.
 
     As in a decode step, weights and indices are ready when the kernel is launched, so it may begin to load them while
-    the one before it ends.
+    the one before it ends, and rows of one adapter share its read where the engine would have them do so.
     """
     arena, table = _arena(setting, group, rank)
     shrunk = setting.normal(group.splits, group.slices, batch, max_rank, dtype=torch.float32)
@@ -147,9 +149,10 @@ def group_work(
     moved = distinct * rank * width * setting.dtype.itemsize + (activations if distinct else 0)
     rows = AdapterRows.make(setting, dist, batch, len(table), setting.steps(moved))
     function = bgmv_expand_slices if op == "expand_slices" else bgmv_shrink_slices
+    share = lora_share(rows.indices[0].tolist())
 
     def call(step: int) -> None:
-        function(inputs, arena, table, output, rows.indices[step], group, operands_ready=True)
+        function(inputs, arena, table, output, rows.indices[step], group, share=share, operands_ready=True)
 
     def twin() -> None:
         same = reference.bgmv_expand_slices if op == "expand_slices" else reference.bgmv_shrink_slices
