@@ -5,18 +5,40 @@ token t is a pure function of (seed, position, t), from the counter-based genera
 "Parallel random numbers: as easy as 1, 2, 3", SC 2011). No state is carried, so a row's token depends on its own
 seed, position and logits only: not on the batch around it, the device, or what was drawn before.
 
-Everything between the fp32 logits and the choice is float64: backends differ in the last bit of exp and log,
-and in fp32 that would now and then change the winner.
+With Triton nothing is sorted: a threshold is found by counting (``kernels.sampling_kernels``), launches are sized by
+shapes alone and nothing waits for the device, so with all parameters on the device the calls can be captured in a CUDA
+graph. The torch twin is ``kernels.reference_sampling``. Kernel and twin keep the same top-k and min-p sets exactly. In
+top-p a token stays where the mass before it is below p; masses are fp32 sums in a fixed order, good to 1e-5, so a
+token whose mass before it comes that close to p may fall on either side. Of what is kept both draw the same token:
+scores are compared in float64.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-_LOW32 = 0xFFFFFFFF
-_ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+from kernels import reference_sampling
+from kernels.dispatch import launchable, triton, use_triton
+from kernels.reference_sampling import gumbel_noise, philox4x32
+from kernels.sampling_kernels import (
+    CHUNK,
+    CHUNKS,
+    WORDS_PER_CHUNK,
+    chunk_kernel,
+    draw_kernel,
+    finish_kernel,
+    splitters_kernel,
+    threshold_kernel,
+)
+
+__all__ = ["gumbel_noise", "log_probs", "philox4x32", "sample", "sample_with_logprob"]
+
+_BIN_CAPACITY = 32768  # tokens; bins hold 12 000 at most in the mean, a quarter of that in the deviation
+_MARGIN = 2.0**-13  # between fp32 scores, each of which is within 5e-5 of the exact one
 
 
 def sample(
@@ -28,9 +50,25 @@ def sample(
     seed: Tensor,
     position: Tensor,
 ) -> Tensor:
-    """One token id per row: (rows,) int64 on the logits' device.
+    """One token id per row, (rows,) int64: the first result of :func:`sample_with_logprob`."""
+    return sample_with_logprob(logits, temperature, top_k, top_p, min_p, seed, position)[0]
 
-    logits: (rows, vocab) fp32; -inf bars a token. The others are (rows,):
+
+def sample_with_logprob(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token id per row, (rows,) int64, and its natural-log probability (rows,) fp32, on the logits' device.
+
+    The probability is that of the raw logits, before temperature and any filter. It is NaN exactly where the row's
+    logits hold NaN or +inf, or nothing but -inf: the token is then of no use.
+
+    logits: (rows, vocab) fp32, bf16 or fp16, last dim contiguous; -inf bars a token. The others are (rows,):
     temperature float, 0 takes the likeliest token (the lowest id among equals);
     top_k int, 0 keeps all; exactly k are kept, the lower id first among equals;
     top_p float, keeps the likeliest tokens until their mass, after temperature and top-k, reaches p; 1 keeps all;
@@ -38,7 +76,7 @@ def sample(
     seed int64, all 64 bits count; position int64, that of the token to be drawn.
 
     The parameters may lie on the CPU while the logits lie on a GPU: then nothing waits for the device.
-    Raises ValueError when a parameter has another shape than (rows,).
+    Raises ValueError when a parameter has another shape than (rows,) or a row is not contiguous.
     """
     rows = logits.shape[0]
     parameters = {
@@ -52,20 +90,20 @@ def sample(
     for name, values in parameters.items():
         if values.shape != (rows,):
             raise ValueError(f"{name} is {tuple(values.shape)} but logits have {rows} rows: pass ({rows},)")
-    tokens = logits.argmax(dim=-1)
-    drawn = torch.nonzero(temperature > 0).flatten()
-    if drawn.numel() == 0:
-        return tokens
-    chosen = _draw(logits, drawn, *(values[drawn.to(values.device)] for values in parameters.values()))
-    return tokens.index_copy_(0, _to(drawn, logits.device), chosen)
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits have strides {logits.stride()}; the last dim must be contiguous")
+    if not use_triton(logits):
+        return reference_sampling.sample_with_logprob(logits, *parameters.values())
+    on_device = (values.to(logits.device, non_blocking=True).contiguous() for values in parameters.values())
+    return _Draw(logits, *on_device).run()
 
 
 def log_probs(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Natural-log probabilities of the raw logits, before temperature and any filter.
 
-    logits: (rows, vocab) fp32; token_ids: (rows,) int64. Returns the chosen tokens' (rows,) fp32, and the
-    ``top_n`` likeliest: ids (rows, top_n) int64 and values (rows, top_n) fp32, likeliest first, lower id first
-    among equals.
+    logits: (rows, vocab) fp32, bf16 or fp16; token_ids: (rows,) int64. Returns the chosen tokens' (rows,) fp32, and
+    the ``top_n`` likeliest: ids (rows, top_n) int64 and values (rows, top_n) fp32, likeliest first, lower id first
+    among equals. Nothing waits for the device.
     """
     values = torch.log_softmax(logits.float(), dim=-1)
     chosen = values.gather(1, token_ids[:, None]).squeeze(1)
@@ -75,82 +113,105 @@ def log_probs(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Te
     return chosen, ids.gather(1, by_value), top
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four words of random bits for each counter and key.
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Warps of a launch, and tokens that a block of ``threshold_kernel`` takes at once: to copy a bin, to search it."""
 
-    Words are int64 tensors holding 0 .. 2**32 - 1, of shapes that broadcast together.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # int64 products wrap to the same 64 bits as unsigned ones; the mask drops the copied sign bits.
-        even, odd = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
-        c0, c2 = ((odd >> 32) & _LOW32) ^ c1 ^ k0, ((even >> 32) & _LOW32) ^ c3 ^ k1
-        c1, c3 = odd & _LOW32, even & _LOW32
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW32, (k1 + _KEY_STEPS[1]) & _LOW32
-    return c0, c1, c2, c3
+    chunk_warps: int = 8
+    threshold_warps: int = 16
+    copy: int = 4096
+    search: int = 2048
+    draw_warps: int = 8
 
 
-def gumbel_noise(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise (rows, vocab) float64, a pure function of (seed, position, token id).
-
-    seed, position: (rows,) int64. Philox's key is the seed; its counter is (token // 4, position), and token t
-    takes word t % 4 of what that gives, so four neighbours share one evaluation.
-    """
-    seed, position = seed.long()[:, None], position.long()[:, None]
-    block = torch.arange((vocab + 3) // 4, device=seed.device)[None, :]
-    zero = torch.zeros_like(position)
-    words = philox4x32(
-        (block, position & _LOW32, (position >> 32) & _LOW32, zero), (seed & _LOW32, (seed >> 32) & _LOW32)
-    )
-    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab]
-    # A token wins by a small exponential, -log(1 - u): u near 0 is where floats are dense.
-    uniform = (bits.double() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform))
+_TILES = _Tiles()
 
 
-def _draw(
-    logits: Tensor,
-    rows: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> Tensor:
-    """The drawn token of each of ``rows`` (indices into logits); the parameters are theirs alone."""
-    device, vocab = logits.device, logits.shape[1]
-    picked = logits.index_select(0, _to(rows, device)).double()
-    # Relative to the likeliest token: a tiny temperature then drives the others to -inf and never to inf.
-    scaled = (picked - picked.amax(-1, keepdim=True)) / _to(temperature, device).double()[:, None]
-    ranked = torch.nonzero(((top_k > 0) & (top_k < vocab)) | (top_p.to(top_k.device) < 1)).flatten()
-    if ranked.numel():
-        kept = _keep_top(
-            scaled.index_select(0, _to(ranked, device)),
-            _to(top_k[ranked], device),
-            _to(top_p[ranked.to(top_p.device)], device),
+class _Draw:
+    """The launches for one batch, in their order, and the workspace through which they pass results on."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        *,
+        tiles: _Tiles = _TILES,
+    ) -> None:
+        self.rows, self.vocab = logits.shape
+        self.chunks = -(-self.vocab // int(CHUNK))
+        # At least 32, so that usual vocabularies share their compiled kernels.
+        block_c = max(32, int(triton.next_power_of_2(self.chunks)))
+        width = int(CHUNKS) + int(WORDS_PER_CHUNK) * block_c
+        self.ints = torch.empty((self.rows, width), dtype=torch.int32, device=logits.device)
+        self.tokens = torch.empty(self.rows, dtype=torch.int64, device=logits.device)
+        self.logprobs = torch.empty(self.rows, dtype=torch.float32, device=logits.device)
+        floats = self.ints.view(torch.float32)
+        # A single row's stride is of no meaning, and must not decide how the kernels are compiled.
+        row_stride = logits.stride(0) if self.rows > 1 else self.vocab
+        self._filtered = (logits, row_stride, temperature, top_k, top_p)
+        self._min_p = min_p
+        self._random = (logits, row_stride, temperature, seed, position, self.ints, floats)
+        self._workspace = (self.ints, floats)
+        self._sizes = {"WIDTH": width, "BLOCK_C": block_c}
+        self._tiles = tiles
+
+    def run(self, margin: float = _MARGIN, capacity: int = _BIN_CAPACITY) -> tuple[Tensor, Tensor]:
+        """Tokens and log probabilities.
+
+        margin: a chunk with scores this close to its best is compared in float64.
+        capacity: a bin of at most so many tokens is copied out of its row.
+        """
+        if self.rows:
+            self.mark()
+            self.scan()
+            self.cut(capacity)
+            self.draw(margin)
+            self.finish()
+        return self.tokens, self.logprobs
+
+    def mark(self) -> None:
+        """Marks for the rows that are filtered."""
+        self._launch(splitters_kernel, *self._filtered, self.ints, self.vocab, warps=8, WIDTH=self._sizes["WIDTH"])
+
+    def scan(self) -> None:
+        """Chunk by chunk: maximum, sum of exponentials, and what lies above each mark."""
+        warps = self._tiles.chunk_warps
+        self._launch(chunk_kernel, *self._filtered, *self._workspace, self.vocab, warps=warps, **self._sizes)
+
+    def cut(self, capacity: int = _BIN_CAPACITY) -> None:
+        """The threshold of each row, LOWEST and LAST."""
+        capacity = min(capacity, self.vocab)
+        logits = self._filtered[0]
+        copied = torch.empty((self.rows, capacity), dtype=torch.float32, device=logits.device)
+        ids = torch.empty((self.rows, capacity), dtype=torch.int32, device=logits.device)
+        self._launch(
+            threshold_kernel,
+            *self._filtered,
+            self._min_p,
+            *self._workspace,
+            copied,
+            ids,
+            capacity,
+            self.vocab,
+            warps=self._tiles.threshold_warps,
+            GATHER=self._tiles.copy,
+            TILE=self._tiles.search,
+            **self._sizes,
         )
-        scaled.index_copy_(0, _to(ranked, device), kept)
-    # scaled is log(p / p_max), so min-p needs no softmax; log(0) keeps all.
-    floor = torch.log(_to(min_p, device).double())[:, None]
-    scaled.masked_fill_(scaled < floor, float("-inf"))
-    noise = gumbel_noise(_to(seed, device), _to(position, device), vocab)
-    return (scaled + noise).argmax(dim=-1)
 
+    def draw(self, margin: float = _MARGIN) -> None:
+        """The winner of each chunk."""
+        self._launch(draw_kernel, *self._random, margin, self.vocab, warps=self._tiles.draw_warps, **self._sizes)
 
-def _keep_top(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """``scaled`` (rows, vocab) float64 with everything outside the top-k and then the top-p set to -inf."""
-    vocab = scaled.shape[1]
-    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    limit = torch.where(top_k > 0, top_k, vocab)[:, None]
-    keep = torch.arange(vocab, device=scaled.device)[None, :] < limit
-    mass = torch.softmax(ordered.masked_fill(~keep, float("-inf")), dim=-1)
-    before = mass.cumsum(-1) - mass
-    wanted = top_p.double()[:, None]
-    keep &= (before < wanted) | (wanted >= 1)
-    return torch.full_like(scaled, float("-inf")).scatter_(1, ids, ordered.masked_fill_(~keep, float("-inf")))
+    def finish(self) -> None:
+        """The winner of each row and its log probability."""
+        self._launch(finish_kernel, *self._random, self.tokens, self.logprobs, self.vocab, warps=1, **self._sizes)
 
-
-def _to(values: Tensor, device: torch.device) -> Tensor:
-    return values.to(device, non_blocking=True)
+    def _launch(self, kernel: Any, *arguments: Any, warps: int, **constants: int) -> None:
+        grid = (self.rows, self.chunks) if kernel in (chunk_kernel, draw_kernel) else (self.rows,)
+        launchable(kernel, self.ints)[grid](*arguments, num_warps=warps, **constants)
