@@ -2,12 +2,12 @@
 
 Strides are in elements, offsets int64; keys and values share theirs. ``scale_log2`` is the softmax scale times
 log2(e): the softmax runs on exp2. WIDEN: multiply in fp32 (Triton's interpreter would multiply the bit patterns of
-bf16).
+bf16). WAIT: as ``kernels.dispatch.overlap`` says.
 """
 
 from __future__ import annotations
 
-from kernels.dispatch import jit, tl
+from kernels.dispatch import gdc_launch_dependents, gdc_wait, jit, tl
 
 
 @jit
@@ -113,6 +113,7 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Grid (KV_HEADS * places,), places at least the tiles of all rows. BLOCK_R: at least the rows.
 
@@ -120,6 +121,9 @@ def prefill_kernel(
     group of any size wastes nothing but the end of the row's last tile. The tiles of all rows lie behind each other;
     programs take them from the end, as a row's last tiles have the most keys.
     """
+    if WAIT == "first":
+        gdc_launch_dependents()
+        gdc_wait()
     place = tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     index = tl.arange(0, BLOCK_R)
@@ -266,6 +270,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Grid (workers,), any number: the splits of all rows and kv heads lie behind each other and are dealt out.
 
@@ -273,6 +278,9 @@ def decode_kernel(
     result written; of several, unnormalised sums (rows, heads, room, HEAD_DIM) with their peak and mass (rows, heads,
     room) for ``combine_kernel``.
     """
+    if WAIT == "first":
+        gdc_launch_dependents()
+        gdc_wait()
     index = tl.arange(0, BLOCK_R)
     lengths = tl.load(context_lens + index, mask=index < rows, other=0)
     _, _, _, counts = _split_plan(lengths, most, min_blocks, WINDOW, BLOCK_N)
@@ -352,8 +360,12 @@ def combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Grid (heads, rows): joins the splits, BLOCK_S at most, of a head of a row that has several."""
+    if WAIT == "first":
+        gdc_launch_dependents()
+        gdc_wait()
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     _, _, _, splits = _split_plan(tl.load(context_lens + row), most, min_blocks, WINDOW, BLOCK_N)

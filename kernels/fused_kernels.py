@@ -2,12 +2,12 @@
 
 Strides are in elements, offsets int64. Every product is taken in fp32 and rounded explicitly, so that no compiler
 fuses two steps between which Hugging Face's modules round. All loads come before the first store: none may wait for
-it.
+it. WAIT: as ``kernels.dispatch.overlap`` says.
 """
 
 from __future__ import annotations
 
-from kernels.dispatch import jit, tl
+from kernels.dispatch import gdc_launch_dependents, gdc_wait, jit, tl
 
 
 @jit
@@ -23,12 +23,19 @@ def residual_rms_norm_kernel(
     HIDDEN: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
-    """Grid (tokens,)."""
+    """Grid (tokens,). The weight alone may be read before the wait."""
+    if WAIT != "never":
+        gdc_launch_dependents()
+    if WAIT == "first":
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < HIDDEN
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + columns, mask=inside, other=0.0)
+    if WAIT == "late":
+        gdc_wait()
     hidden = tl.load(x + token * x_token + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         place = residual + token * residual_token + columns
@@ -37,7 +44,11 @@ def residual_rms_norm_kernel(
         tl.store(place, hidden, mask=inside)
     wide = hidden.to(tl.float32)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)).to(hidden.dtype)
-    tl.store(out + token * out_token + columns, (scale * normed.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + token * out_token + columns,
+        (scale.to(tl.float32) * normed.to(tl.float32)).to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @jit
@@ -63,8 +74,12 @@ def rope_write_kv_kernel(
     NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Grid (tokens * blocks,): BLOCK_H of a token's q|k|v heads; v heads are carried through."""
+    if WAIT == "first":
+        gdc_launch_dependents()
+        gdc_wait()
     BLOCKS: tl.constexpr = (HEADS + 2 * KV_HEADS + BLOCK_H - 1) // BLOCK_H
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
     head = tl.program_id(0) % BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -110,8 +125,13 @@ def rope_write_kv_kernel(
 
 
 @jit
-def silu_mul_kernel(gate_up, out, gate_up_token, out_token, INTER: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul_kernel(
+    gate_up, out, gate_up_token, out_token, INTER: tl.constexpr, BLOCK: tl.constexpr, WAIT: tl.constexpr
+):
     """Grid (tokens * blocks of columns,)."""
+    if WAIT == "first":
+        gdc_launch_dependents()
+        gdc_wait()
     BLOCKS: tl.constexpr = (INTER + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
     columns = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
