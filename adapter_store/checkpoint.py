@@ -17,6 +17,7 @@ from adapter_store.layout import AdapterLayout
 from adapter_store.packed import PackedAdapter
 from adapter_store.peft_config import ModuleLora, PeftConfig
 from adapter_store.safetensors_view import view_safetensors
+from kernels.lora_group import packed_rank
 
 _HEADER_ALLOWANCE = 16 << 20  # bytes of a weights file that are not tensor data
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,9 +50,9 @@ def pack_files(
 ) -> PackedAdapter:
     """Pack a checkpoint for ``layout`` at its own rank, the largest rank of its modules.
 
-    The slab is ``(rank * layout.units,)`` in ``dtype`` at the offsets of ``layout.lora_groups``. B is multiplied by the
-    module's scale once, in fp32, before the cast. Modules of a smaller rank are padded with zeros, modules that the
-    adapter does not target are zero.
+    The slab is ``(layout.slab_elements(rank),)`` in ``dtype`` at the offsets of ``layout.lora_groups``. B is multiplied
+    by the module's scale once, in fp32, before the cast. Modules of a smaller rank are padded with zeros, modules that
+    the adapter does not target are zero.
 
     Raises AdapterRefused, with ``name`` and the offending key and value, for everything that would make the result
     differ from PEFT's: unsupported settings, a tensor without a module or a module without its tensors, wrong shapes or
@@ -68,9 +69,9 @@ def pack_files(
             raise ValueError(
                 f"rank {rank} is above the largest slot class ({max_rank}); add a class or train a lower rank"
             )
-        full = len(promised) == len(paths) and all(module.rank == rank for module in promised.values())
+        full = len(promised) == len(paths) and all(module.rank == packed_rank(rank) for module in promised.values())
         allocate = torch.empty if full else torch.zeros  # zeroing takes as long as all the rest
-        slab = allocate(rank * layout.units, dtype=dtype, pin_memory=pin_memory)
+        slab = allocate(layout.slab_elements(rank), dtype=dtype, pin_memory=pin_memory)
         _fill(slab, rank, layout, promised, pairs)
         _check_finite(slab, pairs)
     except ValueError as error:
@@ -155,6 +156,7 @@ def _fill(
     promised: Mapping[str, ModuleLora],
     pairs: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
+    rank = packed_rank(rank)
     groups = [layout.lora_groups(layer) for layer in range(layout.num_layers)]
     for path, layer, target, index in layout.modules():
         if path not in pairs:

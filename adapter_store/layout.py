@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kernels.lora_group import LoraGroup
+from kernels.lora_group import LoraGroup, packed_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class TargetGroup:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """Layout of every adapter of one base model: ``[layer][group][A..., B...]`` at the adapter's own rank.
+    """Layout of every adapter of one base model: ``[layer][group][A..., B...]`` at the adapter's own packed rank.
 
     ``layer_prefix`` is the checkpoint path of layer l with ``{}`` for l, e.g. ``model.layers.{}.``.
     """
@@ -62,6 +62,10 @@ class AdapterLayout:
     def units(self) -> int:
         """Elements of a whole adapter per unit of rank."""
         return self.num_layers * self.layer_units
+
+    def slab_elements(self, rank: int) -> int:
+        """Elements of a packed adapter of ``rank``."""
+        return packed_rank(rank) * self.units
 
     def lora_groups(self, layer: int) -> dict[str, LoraGroup]:
         """The kernel-side group descriptors of one layer, by group name."""

@@ -12,7 +12,8 @@ class PackedAdapter:
     """One adapter as one slab, ready for a single copy into a slot.
 
     name: what it was first asked for as. digest: its content. rank: the largest rank of its modules.
-    slab: (rank * layout.units,) in the model's dtype, on the CPU, pinned where slots are on a GPU; scale folded into B.
+    slab: (layout.slab_elements(rank),) in the model's dtype, on the CPU, pinned where slots are on a GPU; the scale is
+    folded into B.
     """
 
     name: str

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapter_store.layout import AdapterLayout
 from adapter_store.packed import PackedAdapter
+from kernels.lora_group import packed_rank
 
 SLOT_ALIGNMENT = 128  # elements; keeps every slot start aligned for 16-byte (and wider) loads
 
@@ -104,14 +105,14 @@ class SlotPool:
         self._slots: list[Slot] = []
         offset = 0
         for rank, count in self._classes.items():
-            capacity = math.ceil(rank * layout.units / SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+            capacity = math.ceil(layout.slab_elements(rank) / SLOT_ALIGNMENT) * SLOT_ALIGNMENT
             for _ in range(count):
                 self._slots.append(Slot(len(self._slots), rank, offset, capacity))
                 offset += capacity
         fill = math.nan if poison else 0.0
         #: (elements,) what the kernels read weights from.
         self.arena: Tensor = torch.full((offset,), fill, dtype=dtype, device=self.device)
-        #: (slots, 2) int64: element offset and rank; rank 0 where no adapter is.
+        #: (slots, 2) int64: element offset and packed rank; rank 0 where no adapter is.
         self.slot_table: Tensor = torch.zeros((len(self._slots), 2), dtype=torch.int64, device=self.device)
         self._cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if self._cuda else None
@@ -170,11 +171,11 @@ class SlotPool:
         """
         assert slot.digest == packed.digest, "the slot was assigned to other content"
         assert slot.refs > 0, "a slot without references may be given away at any time"
-        assert packed.slab.numel() == packed.rank * self.layout.units <= slot.capacity
+        assert packed.slab.numel() == self.layout.slab_elements(packed.rank) <= slot.capacity
         assert packed.slab.dtype == self.arena.dtype
         target = self.arena[slot.offset : slot.offset + packed.slab.numel()]
         row = self._host_rows[slot.index]
-        row[0], row[1] = slot.offset, packed.rank
+        row[0], row[1] = slot.offset, packed_rank(packed.rank)
         if self._stream is None:
             target.copy_(packed.slab)
             self.slot_table[slot.index].copy_(row)

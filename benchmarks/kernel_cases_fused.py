@@ -72,7 +72,7 @@ class FusedCase(KernelCase):
 
         def ours(step: int) -> None:
             copy = step % copies
-            residual_rms_norm(x[copy], residual[copy], weight, 1e-5, out[copy])
+            residual_rms_norm(x[copy], residual[copy], weight, 1e-5, out[copy], operands_ready=True)
 
         def in_torch(step: int) -> None:
             copy = step % copies
@@ -104,7 +104,8 @@ class FusedCase(KernelCase):
         qkv = [setting.normal(self.tokens, width) for _ in range(copies)]
         pages = -(-self.tokens // _PAGE)
         caches = [setting.zeros(2, pages, _PAGE, self.kv_heads, self.head_dim) for _ in qkv]
-        cos_sin = setting.normal(self.tokens, self.head_dim, dtype=torch.float32).clamp(-1, 1)
+        angles = setting.normal(self.tokens, self.head_dim // 2, dtype=torch.float32)
+        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
         positions = torch.arange(self.tokens, device=setting.device)
         page = torch.randperm(pages, device=setting.device)
         slots = page[positions // _PAGE] * _PAGE + positions % _PAGE

@@ -20,7 +20,6 @@ from benchmarks.kernel_case import Case
 from benchmarks.kernel_setting import KernelSetting
 from benchmarks.report import Row
 from benchmarks.timing import Recording, race
-from engine.batch import lora_share
 from engine.linear import LoraStep, PackedLinear
 from engine.lora_targets import adapter_layout
 from engine.spec import ModelSpec
@@ -83,7 +82,6 @@ class LoraModel:
             num_decode_rows=rows if length == 1 else 0,
             max_query_len=length if length > 1 else 0,
             has_lora=True,
-            lora_share=lora_share(lora_indices) if length == 1 else 1,
         )
 
     def activations(self, tokens: int) -> dict[int, Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks.distributions import choose_adapters
 from benchmarks.kernel_setting import KernelSetting
 from benchmarks.timing import Step
-from engine.batch import lora_share
 from kernels import reference
 from kernels.bgmv_expand import bgmv_expand, bgmv_expand_slices
 from kernels.bgmv_shrink import bgmv_shrink, bgmv_shrink_slices
@@ -108,9 +107,9 @@ def stacked_tensors(
 
     def call(step: int) -> None:
         if op == "expand":
-            bgmv_expand(inputs, weights, output, rows.indices[step], True)
+            bgmv_expand(inputs, weights, output, rows.indices[step], operands_ready=True)
         else:
-            bgmv_shrink(inputs, weights, output, rows.indices[step], 1.0)
+            bgmv_shrink(inputs, weights, output, rows.indices[step], operands_ready=True)
 
     def twin() -> None:
         function = reference.bgmv_expand if op == "expand" else reference.bgmv_shrink
@@ -134,7 +133,7 @@ def group_work(
     """``bgmv_expand_slices`` or ``bgmv_shrink_slices`` (``op``) of one packed group, adapters as in the slots.
 
     As in a decode step, weights and indices are ready when the kernel is launched, so it may begin to load them while
-    the one before it ends, and rows of one adapter share its read where the engine would have them do so.
+    the one before it ends.
     """
     arena, table = _arena(setting, group, rank)
     shrunk = setting.normal(group.splits, group.slices, batch, max_rank, dtype=torch.float32)
@@ -149,10 +148,9 @@ def group_work(
     moved = distinct * rank * width * setting.dtype.itemsize + (activations if distinct else 0)
     rows = AdapterRows.make(setting, dist, batch, len(table), setting.steps(moved))
     function = bgmv_expand_slices if op == "expand_slices" else bgmv_shrink_slices
-    share = lora_share(rows.indices[0].tolist())
 
     def call(step: int) -> None:
-        function(inputs, arena, table, output, rows.indices[step], group, share=share, operands_ready=True)
+        function(inputs, arena, table, output, rows.indices[step], group, operands_ready=True)
 
     def twin() -> None:
         same = reference.bgmv_expand_slices if op == "expand_slices" else reference.bgmv_shrink_slices

@@ -39,11 +39,11 @@ def _shared_bytes(config: Config) -> int:
 
 SPACES: dict[str, Space] = {
     "expand": Space(
-        {"BLOCK_N": (8, 16, 32, 64, 128, 256), "SPLIT_N": (1, 2, 4), "num_warps": (1, 2, 4, 8)},
-        lambda config, hidden, rank: _per_thread(config["BLOCK_N"] * _power_of_two(rank), config, 4, 32),
+        {"BLOCK_N": (16, 32, 64, 128, 256, 512, 1024), "SPLIT_N": (1,), "num_warps": (1, 2, 4, 8)},
+        lambda config, hidden, rank: _per_thread(config["BLOCK_N"] * _power_of_two(rank), config, 8, 64),
     ),
     "shrink": Space(
-        {"BLOCK_N": (1, 2, 4, 8), "BLOCK_K": (512, 1024, 2048, 4096, 8192, 16384), "num_warps": (2, 4, 8, 16)},
+        {"BLOCK_N": (1, 2, 4), "BLOCK_K": (512, 1024, 2048, 4096, 8192, 16384), "num_warps": (2, 4, 8, 16)},
         lambda config, hidden, rank: (
             config["BLOCK_N"] <= _power_of_two(rank)
             and config["BLOCK_K"] <= _power_of_two(hidden)

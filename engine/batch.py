@@ -14,7 +14,6 @@ from engine.scheduler import PlannedRow, StepPlan
 from engine.step import StepInputs
 
 _ALIGNMENT = 16  # bytes; every array starts where any of its element types may
-_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +63,7 @@ def step_inputs(plan: StepPlan, page_size: int, device: torch.device) -> StepInp
         num_decode_rows=plan.num_decode,
         max_query_len=max((row.end - row.start for row in rows[plan.num_decode :]), default=0),
         has_lora=any(index >= 0 for index in lora_indices),
-        lora_share=lora_share(lora_indices[: plan.num_decode]),
     )
-
-
-def lora_share(lora_indices: Sequence[int]) -> int:
-    """Over how many neighbouring decode rows the read of an adapter is worth sharing: 1 or ``_SHARE``.
-
-    Sharing pays where it at least halves the reads. It changes no bit of the result.
-    """
-    reads = sum(
-        len({index for index in lora_indices[start : start + _SHARE] if index >= 0})
-        for start in range(0, len(lora_indices), _SHARE)
-    )
-    return _SHARE if 0 < 2 * reads <= sum(index >= 0 for index in lora_indices) else 1
 
 
 def sampling_inputs(rows: Sequence[PlannedRow]) -> SamplingInputs:

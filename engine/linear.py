@@ -60,7 +60,7 @@ class LoraStep:
     def __init__(self, inputs: StepInputs, state: LoraState) -> None:
         tokens, rows, decode = inputs.token_ids.shape[0], inputs.lora_indices.shape[0], inputs.num_decode_rows
         self.state = state
-        self.decode_rows, self.share = decode, inputs.lora_share
+        self.decode_rows = decode
         self.has_prefill = rows > decode
         self.decode_indices = inputs.lora_indices[:decode]
         self.prefill_indices = inputs.lora_indices[decode:]
@@ -76,18 +76,18 @@ class LoraStep:
         x: ``(tokens, group.in_features)``; out: ``(tokens, group.out_total)``, both in the model's dtype.
         """
         arena, table = self.state.arena, self.state.slot_table
+        # A slot is loaded and the step's indices are written before the step's first kernel is launched.
         if self.decode_rows:
             rows = self.decode_rows
             shrunk = self._view(group.splits, group.slices, rows)
-            # A slot is loaded and the step's indices are written before the step's first kernel is launched.
-            slots, share = (self.decode_indices, group), self.share
-            bgmv_shrink_slices(x[:rows], arena, table, shrunk, *slots, share=share, operands_ready=True)
-            bgmv_expand_slices(shrunk, arena, table, out[:rows], *slots, share=share, operands_ready=True)
+            slots = (self.decode_indices, group)
+            bgmv_shrink_slices(x[:rows], arena, table, shrunk, *slots, operands_ready=True)
+            bgmv_expand_slices(shrunk, arena, table, out[:rows], *slots, operands_ready=True)
         if self.has_prefill:
             shrunk = self._view(group.slices, x.shape[0])
             segments = (self.segment_starts, self.prefill_indices, group, self.max_segment)
-            sgmv_shrink(x, arena, table, shrunk, *segments)
-            sgmv_expand(shrunk, arena, table, out, *segments)
+            sgmv_shrink(x, arena, table, shrunk, *segments, operands_ready=True)
+            sgmv_expand(shrunk, arena, table, out, *segments, operands_ready=True)
 
     def _view(self, *shape: int) -> Tensor:
         size = math.prod(shape) * self.state.max_rank

@@ -14,6 +14,7 @@ from engine.batch import sampling_inputs, step_inputs
 from engine.model import DecoderModel
 from engine.scheduler import PlannedRow, StepPlan
 from engine.step import KVCache, LoraState
+from kernels.lora_group import packed_rank
 from kernels.sampling import log_probs, sample
 
 _Logprobs = tuple[float | None, tuple[tuple[int, float], ...]]
@@ -42,7 +43,7 @@ class Runner:
         self.lora: LoraState | None = None
         if slots is not None:
             groups = tuple(slots.layout.lora_groups(layer) for layer in range(slots.layout.num_layers))
-            self.lora = LoraState(slots.arena, slots.slot_table, groups, slots.max_rank)
+            self.lora = LoraState(slots.arena, slots.slot_table, groups, packed_rank(slots.max_rank))
 
     def run(self, plan: StepPlan, *, always_lora: bool = False) -> list[SampledToken]:
         """One forward pass. A token for each row of the plan that ``samples``, in its order; waits for the device.

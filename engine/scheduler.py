@@ -80,7 +80,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; without rows when there is nothing to do."""
-        # Rows of one adapter side by side: the kernels can then read its weights once for several rows.
+        # Rows of one adapter side by side: what one has read of its weights is in the L2 when the next wants it.
         decode = sorted(self._decode_rows(), key=lambda row: row.sequence.lora_index)
         prefill: list[PlannedRow] = []
         budget = self.max_batch_tokens - len(decode)

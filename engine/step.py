@@ -29,7 +29,6 @@ class StepInputs:
     num_decode_rows: int
     max_query_len: int  # longest prefill chunk (0 without prefill rows)
     has_lora: bool  # False skips every LoRA launch
-    lora_share: int = 1  # decode rows n * share to (n + 1) * share that have one adapter read it once
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class LoraState:
     """What the LoRA kernels read: adapters packed in one arena and the table that says where.
 
     arena: (elements,) in the model's dtype. slot_table: (slots, 2) int64, element offset and rank.
-    groups: per layer, group name -> LoraGroup. max_rank: largest rank class.
+    groups: per layer, group name -> LoraGroup. max_rank: the largest class's packed rank.
     """
 
     arena: Tensor

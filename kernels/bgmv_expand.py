@@ -22,12 +22,12 @@ from kernels.lora_checks import (
     check_output,
     check_override,
     check_rows,
-    check_share,
+    check_slots,
     check_tensor,
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import leads_its_share, locate_tile, tile_products, wait_in_one_program, write_tile
+from kernels.lora_tiles import locate_tile, wait_in_one_program
 from kernels.op_configs import EXPAND_KEYS, EXPAND_SLICES_KEYS, POWERS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_expand", "bgmv_expand_slices", "get_lora_op_configs"]
@@ -40,6 +40,7 @@ def bgmv_expand(
     lora_indices_tensor: Tensor,
     add_inputs: bool = True,
     override_config: Mapping[str, int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
     """``output_tensor[i] (+)= lora_b_weights[lora_indices_tensor[i]] @ inputs[i]``, in place.
 
@@ -56,6 +57,9 @@ def bgmv_expand(
         add_inputs: add to the output; False overwrites it.
         override_config: any of BLOCK_N, SPLIT_N (programs over hidden; need not divide it), num_warps, num_stages;
             what is absent comes from :func:`get_lora_op_configs`.
+        operands_ready: no kernel that may still be running when this one is launched writes ``lora_b_weights`` or
+            ``lora_indices_tensor``. A GPU of compute capability 9.0 or later then loads weights while the kernel before
+            this one in the stream finishes.
 
     Raises:
         ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
@@ -68,6 +72,7 @@ def bgmv_expand(
         lora_indices_tensor,
         add_inputs,
         packed(EXPAND_KEYS, override_config),
+        operands_ready,
     )
 
 
@@ -79,7 +84,6 @@ def bgmv_expand_slices(
     lora_indices: Tensor,
     group: LoraGroup,
     add_inputs: bool = True,
-    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
@@ -97,7 +101,7 @@ def bgmv_expand_slices(
         lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
         group: the layout of the group inside an adapter.
         add_inputs: add to the output; False overwrites it.
-        share, operands_ready: as in :func:`kernels.bgmv_shrink.bgmv_shrink_slices`; ``inputs`` need not be ready.
+        operands_ready: as in :func:`kernels.bgmv_shrink.bgmv_shrink_slices`; ``inputs`` need not be ready.
         override_config: any of BLOCK_N, BLOCK_K (rank step), num_warps, num_stages.
 
     Raises:
@@ -114,7 +118,6 @@ def bgmv_expand_slices(
         group.in_features,
         group.out_features,
         add_inputs,
-        share,
         operands_ready,
         packed(EXPAND_SLICES_KEYS, override_config),
     )
@@ -128,31 +131,58 @@ def _bgmv_expand_kernel(
     input_ptr, lora_ptr, out_ptr, N, K, lora_indices,
     xm_stride, xk_stride, l0_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_N: tl.constexpr,
-    EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr, CAST_TYPE: tl.constexpr, WAIT: tl.constexpr,
+    EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr, CAST_TYPE: tl.constexpr,
+    VECTORS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (SPLIT_N, batch). ``lora_k_stride`` steps along hidden and ``lora_n_stride`` along rank, as in LoRAX."""
-    if WAIT == "first":
+    """Grid (SPLIT_N, batch). ``lora_k_stride`` steps along hidden and ``lora_n_stride`` along rank, as in LoRAX.
+
+    VECTORS: every row of every adapter starts at a multiple of 16 bytes.
+    """
+    if WAIT != "never":
         gdc_launch_dependents()
+    if WAIT == "first":
         gdc_wait()
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(lora_indices + row).to(tl.int64)
     if slot < 0:
+        wait_in_one_program(WAIT)
         return
+    if VECTORS:  # written so that the compiler sees it
+        l0_stride = l0_stride // 8 * 8
+        lora_k_stride = lora_k_stride // 8 * 8
     share = tl.cdiv(tl.cdiv(N, SPLIT_N), 16) * 16  # whole vectors, so that stores stay aligned
     start = split * share
     count = tl.minimum(N - start, share)  # negative where the shares before cover all of N
-    x_ptr = input_ptr + row * xm_stride
-    weight_ptr = lora_ptr + slot * l0_stride + start.to(tl.int64) * lora_k_stride
-    target_ptr = out_ptr + row * cm_stride + start.to(tl.int64) * cn_stride
-    for n in range(0, count, BLOCK_N):
-        products = tile_products(
-            x_ptr, weight_ptr, count - n, K, xk_stride, lora_k_stride, lora_n_stride,
-            BLOCK_N, BLOCK_K, EVEN_K, CAST_TYPE,
-        )  # fmt: skip
-        write_tile(target_ptr, tl.sum(products, 1), count - n, cn_stride, BLOCK_N, ADD_INPUTS)
-        weight_ptr += BLOCK_N * lora_k_stride
-        target_ptr += BLOCK_N * cn_stride
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    place = lora_ptr + slot * l0_stride + (start + n)[:, None].to(tl.int64) * lora_k_stride + k * lora_n_stride
+    target = out_ptr + row * cm_stride + (start + n).to(tl.int64) * cn_stride
+    weight = _load_rows(place, n < count, k < K, EVEN_K)
+    if WAIT == "late":
+        gdc_wait()
+    x = tl.load(input_ptr + row * xm_stride + k * xk_stride, mask=k < K, other=0.0)
+    if not CAST_TYPE:  # the product of two 16-bit floats is exact in fp32
+        x = x.to(tl.float32)
+    for done in range(0, count, BLOCK_N):
+        inside = n < count - done
+        if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
+            values = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        else:
+            values = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        values += tl.sum(weight.to(tl.float32) * x, 1)
+        tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside)
+        place += BLOCK_N * lora_k_stride
+        target += BLOCK_N * cn_stride
+        weight = _load_rows(place, n < count - done - BLOCK_N, k < K, EVEN_K)
+
+
+@jit
+def _load_rows(place, rows, columns, EVEN_K: tl.constexpr):
+    """A tile of weights, zero where ``rows`` or, unless EVEN_K, ``columns`` is false."""
+    if EVEN_K:
+        return tl.load(place, mask=rows[:, None], other=0.0)
+    return tl.load(place, mask=rows[:, None] & columns, other=0.0)
 
 
 @jit
@@ -164,102 +194,46 @@ def _sum_splits(ptr, mask, split_stride, SPLITS: tl.constexpr):
     return total
 
 
-@jit
-def _expand_tile(
-    x_ptr, weight_ptr, target, slot_ptr, slot, others, rows, rank, x_split_stride, x_row_stride, out_row_stride,
-    SHARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """``rows`` columns of an output, from as many contiguous rows of B.
-
-    With SHARE, also those of the outputs among the ``others`` after it that have the same slot.
-    """
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    inside = n < rows
-    place = weight_ptr + n[:, None] * rank + k
-    weight = tl.load(place, mask=inside[:, None] & (k < rank), other=0.0)
-    if WAIT == "late":
-        gdc_wait()
-    target += n
-    x_ptr += k
-    values = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
-        values += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    x = _sum_splits(x_ptr, k < rank, x_split_stride, SPLITS)
-    if SHARE == 1:
-        _add_products(weight, x, values, target, x_ptr, place, inside, k, rank, x_split_stride, SPLITS, BLOCK_K)
-    else:
-        live = others >= 0  # the first row, always
-        for other in range(1, others + 2):  # a row is under way while the one before it is computed
-            same = tl.load(slot_ptr + other, mask=other <= others, other=-1) == slot
-            following = tl.zeros((BLOCK_N,), dtype=tl.float32)
-            if ADD_INPUTS:
-                following += tl.load(target + out_row_stride, mask=inside & same, other=0.0).to(tl.float32)
-            x_following = _sum_splits(x_ptr + x_row_stride, (k < rank) & same, x_split_stride, SPLITS)
-            if live:
-                _add_products(weight, x, values, target, x_ptr, place, inside, k, rank, x_split_stride, SPLITS, BLOCK_K)
-            x = x_following
-            values = following
-            live = same
-            x_ptr += x_row_stride
-            target += out_row_stride
-
-
-@jit
-def _add_products(
-    weight, x, values, target, x_ptr, place, inside, k, rank, x_split_stride,
-    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Stores ``values`` plus the products of one row: of the step already loaded, and of the rank beyond it."""
-    products = weight.to(tl.float32) * x
-    for step in range(BLOCK_K, rank, BLOCK_K):
-        left = step + k < rank
-        weight = tl.load(place + step, mask=inside[:, None] & left, other=0.0)
-        products += weight.to(tl.float32) * _sum_splits(x_ptr + step, left, x_split_stride, SPLITS)
-    values += tl.sum(products, 1)
-    tl.store(target, values.to(target.dtype.element_ty), mask=inside)
-
-
 @jit(do_not_specialize=["b_unit"])  # it changes with the layer: compile once
 def _bgmv_expand_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
     b_unit, n0, n1, n2, n3, x_split_stride, x_slice_stride, x_row_stride, out_row_stride,
-    SHARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of all slices, batch): a narrow slice has only its own tiles."""
     if WAIT != "never":
         gdc_launch_dependents()
     if WAIT == "first":
         gdc_wait()
-    row = tl.program_id(1)
-    slot = tl.load(lora_indices_ptr + row)
-    idle = slot < 0
-    if SHARE > 1:
-        idle = idle | (not leads_its_share(lora_indices_ptr, row, slot, SHARE))
-    if idle:
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(lora_indices_ptr + row).to(tl.int64)
+    if slot < 0:
         wait_in_one_program(WAIT)
         return
-    others = tl.minimum(SHARE - row % SHARE, tl.num_programs(1) - row) - 1
-    entry = slot_table_ptr + slot.to(tl.int64) * 2
-    offset = tl.load(entry)
-    rank = tl.load(entry + 1).to(tl.int32)
+    offset = tl.load(slot_table_ptr + slot * 2)
+    # Multiples of 8 as they are (packed_rank), written so that the compiler sees it and loads whole vectors.
+    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32) // 8 * 8
     index, before, first, rows = locate_tile(tl.program_id(0), n0, n1, n2, n3, BLOCK_N)
-    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + row.to(tl.int64) * x_row_stride
-    target_ptr = out_ptr + row.to(tl.int64) * out_row_stride + (before + first)
-    slot_ptr = lora_indices_ptr + row
-    start = offset + rank.to(tl.int64) * (before + first + b_unit)
-    if (rank % 8 == 0) & (start % 8 == 0):  # written so that the compiler sees it and loads whole vectors
-        _expand_tile(
-            x_ptr, arena_ptr + start // 8 * 8, target_ptr, slot_ptr, slot, others, rows, rank // 8 * 8,
-            x_split_stride, x_row_stride, out_row_stride, SHARE, SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
-        )  # fmt: skip
+    start = (offset + rank.to(tl.int64) * (before + first + b_unit)) // 8 * 8
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = n < rows
+    place = arena_ptr + start + n[:, None] * rank + k
+    weight = tl.load(place, mask=inside[:, None] & (k < rank), other=0.0)
+    if WAIT == "late":
+        gdc_wait()
+    target = out_ptr + row * out_row_stride + (before + first) + n
+    if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
+        values = tl.load(target, mask=inside, other=0.0).to(tl.float32)
     else:
-        _expand_tile(
-            x_ptr, arena_ptr + start, target_ptr, slot_ptr, slot, others, rows, rank,
-            x_split_stride, x_row_stride, out_row_stride, SHARE, SPLITS, BLOCK_N, BLOCK_K, ADD_INPUTS, WAIT,
-        )  # fmt: skip
+        values = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + row * x_row_stride + k
+    values += tl.sum(weight.to(tl.float32) * _sum_splits(x_ptr, k < rank, x_split_stride, SPLITS), 1)
+    for step in range(BLOCK_K, rank, BLOCK_K):
+        left = step + k < rank
+        weight = tl.load(place + step, mask=inside[:, None] & left, other=0.0)
+        values += tl.sum(weight.to(tl.float32) * _sum_splits(x_ptr + step, left, x_split_stride, SPLITS), 1)
+    tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # --- torch.library registration
@@ -267,12 +241,12 @@ def _bgmv_expand_slices_kernel(
 torch.library.define(
     "lorafleet::bgmv_expand",
     "(Tensor inputs, Tensor lora_b_weights, Tensor(a!) output_tensor, Tensor lora_indices_tensor, "
-    "bool add_inputs=True, int[]? config=None) -> ()",
+    "bool add_inputs=True, int[]? config=None, bool operands_ready=False) -> ()",
 )
 torch.library.define(
     "lorafleet::bgmv_expand_slices",
     "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
-    "int in_features, int[] out_features, bool add_inputs=True, int share=1, bool operands_ready=False, "
+    "int in_features, int[] out_features, bool add_inputs=True, bool operands_ready=False, "
     "int[]? config=None) -> ()",
 )
 
@@ -285,6 +259,7 @@ def _check_expand(
     lora_indices_tensor: Tensor,
     add_inputs: bool = True,
     config: list[int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
     op = "bgmv_expand"
     check_tensor(op, "inputs", inputs, "(batch, rank)", FLOATS, inputs)
@@ -316,7 +291,6 @@ def _check_expand_slices(
     in_features: int,
     out_features: list[int],
     add_inputs: bool = True,
-    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
@@ -327,7 +301,6 @@ def _check_expand_slices(
     check_tensor(op, "output", output, "(batch, out_total)", FLOATS, inputs)
     check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
     check_output(op, "output", output, 0)
-    check_share(op, share)
     if inputs.shape[1] != group.slices:
         raise ValueError(f"{op}: inputs hold {inputs.shape[1]} slices but the group has {group.slices}; match them")
     if output.shape[1] < group.out_total:
@@ -343,8 +316,9 @@ def _expand(
     lora_indices_tensor: Tensor,
     add_inputs: bool = True,
     config: list[int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
-    _check_expand(inputs, lora_b_weights, output_tensor, lora_indices_tensor, add_inputs, config)
+    _check_expand(inputs, lora_b_weights, output_tensor, lora_indices_tensor)
     weights = lora_b_weights.squeeze(1) if lora_b_weights.ndim == 4 else lora_b_weights
     check_indices("bgmv_expand", lora_indices_tensor, weights.shape[0])
     if not use_triton(inputs):
@@ -371,7 +345,8 @@ def _expand(
             EVEN_K=rank == block_k,
             ADD_INPUTS=add_inputs,
             CAST_TYPE=inputs.dtype == torch.float32,
-            **overlap(inputs),
+            VECTORS=rank % 8 == 0 and weights.stride(0) % 8 == 0 and weights.data_ptr() % 16 == 0,
+            **overlap(inputs, operands_ready),
             **launch,
         )
 
@@ -387,14 +362,12 @@ def _expand_slices(
     in_features: int,
     out_features: list[int],
     add_inputs: bool = True,
-    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
-    _check_expand_slices(
-        inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, add_inputs, share
-    )
+    _check_expand_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, add_inputs)
     check_indices("bgmv_expand_slices", lora_indices, slot_table.shape[0])
+    check_slots("bgmv_expand_slices", slot_table)
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
         reference.bgmv_expand_slices(inputs, arena, slot_table, output, lora_indices, group, add_inputs)
@@ -417,7 +390,6 @@ def _expand_slices(
             *widths,
             *inputs.stride()[:3],
             output.stride(0),
-            SHARE=share,
             SPLITS=splits,
             ADD_INPUTS=add_inputs,
             **overlap(inputs, operands_ready),

@@ -21,12 +21,12 @@ from kernels.lora_checks import (
     check_output,
     check_override,
     check_rows,
-    check_share,
+    check_slots,
     check_tensor,
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import leads_its_share, row_products, wait_in_one_program
+from kernels.lora_tiles import wait_in_one_program
 from kernels.op_configs import POWERS, SHRINK_KEYS, SHRINK_SLICES_KEYS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_shrink", "bgmv_shrink_slices"]
@@ -39,6 +39,7 @@ def bgmv_shrink(
     lora_indices_tensor: Tensor,
     scaling: float = 1.0,
     override_config: Mapping[str, int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
     """``output_tensor[i] = scaling * lora_a_weights[lora_indices_tensor[i]] @ inputs[i]``.
 
@@ -53,13 +54,22 @@ def bgmv_shrink(
             refused on a CPU; on a GPU, where that would cost a synchronisation, they must not occur.
         scaling: factor applied to the fp32 sum.
         override_config: any of BLOCK_N (rank rows a program), BLOCK_K (columns a step), num_warps, num_stages.
+        operands_ready: no kernel that may still be running when this one is launched writes ``lora_a_weights`` or
+            ``lora_indices_tensor``. A GPU of compute capability 9.0 or later then loads weights while the kernel before
+            this one in the stream finishes.
 
     Raises:
         ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
     """
     check_override("bgmv_shrink", override_config, SHRINK_KEYS, POWERS)
     torch.ops.lorafleet.bgmv_shrink(
-        inputs, lora_a_weights, output_tensor, lora_indices_tensor, scaling, packed(SHRINK_KEYS, override_config)
+        inputs,
+        lora_a_weights,
+        output_tensor,
+        lora_indices_tensor,
+        scaling,
+        packed(SHRINK_KEYS, override_config),
+        operands_ready,
     )
 
 
@@ -70,7 +80,6 @@ def bgmv_shrink_slices(
     output: Tensor,
     lora_indices: Tensor,
     group: LoraGroup,
-    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
@@ -88,8 +97,6 @@ def bgmv_shrink_slices(
             rank.
         lora_indices: (batch,) int32|int64 slot numbers; -1 leaves the row untouched.
         group: the layout of the group inside an adapter.
-        share: rows ``n * share`` to ``(n + 1) * share`` that have one adapter read it once; a power of two. The
-            result is the same bit for bit, and distinct rows are served fastest by 1.
         operands_ready: no kernel that may still be running when this one is launched writes ``arena``, ``slot_table``
             or ``lora_indices``. A GPU of compute capability 9.0 or later then loads weights while the kernel before
             this one in the stream finishes.
@@ -108,7 +115,6 @@ def bgmv_shrink_slices(
         group.unit,
         group.in_features,
         group.out_features,
-        share,
         operands_ready,
         packed(SHRINK_SLICES_KEYS, override_config),
     )
@@ -120,111 +126,82 @@ def _bgmv_shrink_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rank, batch); N is the rank, K the input width."""
-    if WAIT == "first":
+    if WAIT != "never":
         gdc_launch_dependents()
+    if WAIT == "first":
         gdc_wait()
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(lora_indices + row).to(tl.int64)
     if slot < 0:
+        wait_in_one_program(WAIT)
         return
     first = tl.program_id(0) * BLOCK_N
-    weight_ptr = lora_ptr + slot * l0_stride + first.to(tl.int64) * K
-    products = row_products(input_ptr + row * xm_stride, weight_ptr, N - first, K, K, BLOCK_N, BLOCK_K)
-    n = tl.arange(0, BLOCK_N)
-    tl.store(out_ptr + row * cm_stride + first + n, tl.sum(products, 1) * scaling, mask=n < N - first)
-
-
-@jit
-def _shrink_tile(
-    x_ptr, weight_ptr, out_ptr, slot_ptr, slot, others, first, rows, columns, K, rank,
-    x_row_stride, out_slice_stride, out_row_stride,
-    SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """Sums of ``rows`` rows of a group's A, from row ``first`` on, over ``columns`` columns of an input.
-
-    With SHARE, also those of the inputs among the ``others`` after it that have the same slot.
-    """
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    inside = k < columns
-    weight = tl.load(weight_ptr + n[:, None].to(tl.int64) * K + k, mask=(n < rows)[:, None] & inside, other=0.0)
+    rows = (n < N - first)[:, None]
+    place = lora_ptr + slot * l0_stride + (first + n)[:, None].to(tl.int64) * K + k
+    x_ptr = input_ptr + row * xm_stride + k
+    weight = tl.load(place, mask=rows & (k < K), other=0.0)
     if WAIT == "late":
         gdc_wait()
-    weight = weight.to(tl.float32)
-    x = tl.load(x_ptr + k, mask=inside, other=0.0)
-    index = first + n
-    target = out_ptr + (index // rank) * out_slice_stride + index % rank
-    if SHARE == 1:
-        tl.store(target, tl.sum(weight * x.to(tl.float32), 1), mask=n < rows)
-    else:
-        live = others >= 0  # the first row, always
-        for other in range(1, others + 2):  # an input is under way while the one before it is summed
-            same = tl.load(slot_ptr + other, mask=other <= others, other=-1) == slot
-            x_ptr += x_row_stride
-            following = tl.load(x_ptr + k, mask=inside & same, other=0.0)
-            if live:
-                tl.store(target, tl.sum(weight * x.to(tl.float32), 1), mask=n < rows)
-            x = following
-            live = same
-            target += out_row_stride
+    products = weight.to(tl.float32) * tl.load(x_ptr, mask=k < K, other=0.0).to(tl.float32)
+    for done in range(BLOCK_K, K, BLOCK_K):
+        left = k < K - done
+        weight = tl.load(place + done, mask=rows & left, other=0.0)
+        products += weight.to(tl.float32) * tl.load(x_ptr + done, mask=left, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * cm_stride + first + n, tl.sum(products, 1) * scaling, mask=n < N - first)
 
 
 @jit(do_not_specialize=["a_unit"])  # it changes with the layer: compile once
 def _bgmv_shrink_slices_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
     a_unit, K, SLICES, x_row_stride, out_split_stride, out_slice_stride, out_row_stride,
-    SHARE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of slices * max_rank times SPLITS, batch): a group's A is one matrix of slices * rank rows."""
     if WAIT != "never":
         gdc_launch_dependents()
     if WAIT == "first":
         gdc_wait()
-    split = tl.program_id(0) % SPLITS
-    first = tl.program_id(0) // SPLITS * BLOCK_N
-    row = tl.program_id(1)
-    slot = tl.load(lora_indices_ptr + row)
-    idle = slot < 0
-    if SHARE > 1:
-        idle = idle | (not leads_its_share(lora_indices_ptr, row, slot, SHARE))
-    if idle:
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(lora_indices_ptr + row).to(tl.int64)
+    if slot < 0:
         wait_in_one_program(WAIT)
         return
-    others = tl.minimum(SHARE - row % SHARE, tl.num_programs(1) - row) - 1
-    entry = slot_table_ptr + slot.to(tl.int64) * 2
-    rank = tl.load(entry + 1)
-    rows = (rank * SLICES).to(tl.int32) - first
+    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)  # 64-bit divisions by it would take more registers
+    split = tl.program_id(0) % SPLITS
+    first = tl.program_id(0) // SPLITS * BLOCK_N
+    rows = rank * SLICES - first
     if rows <= 0:
         wait_in_one_program(WAIT)
         return
     share = tl.cdiv(tl.cdiv(K, SPLITS), 16) * 16
     begin = split * share
-    columns = tl.minimum(share, K - begin)
-    start = tl.load(entry) + rank * a_unit + first.to(tl.int64) * K
-    x_ptr = input_ptr + row.to(tl.int64) * x_row_stride + begin
-    target_ptr = out_ptr + split * out_split_stride + row.to(tl.int64) * out_row_stride
-    slot_ptr = lora_indices_ptr + row
-    if start % 8 == 0:  # written so that the compiler sees it and loads whole vectors
-        _shrink_tile(
-            x_ptr, arena_ptr + start // 8 * 8 + begin, target_ptr, slot_ptr, slot, others, first, rows, columns, K,
-            rank, x_row_stride, out_slice_stride, out_row_stride, SHARE, BLOCK_N, BLOCK_K, WAIT,
-        )  # fmt: skip
-    else:
-        _shrink_tile(
-            x_ptr, arena_ptr + start + begin, target_ptr, slot_ptr, slot, others, first, rows, columns, K,
-            rank, x_row_stride, out_slice_stride, out_row_stride, SHARE, BLOCK_N, BLOCK_K, WAIT,
-        )  # fmt: skip
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = k < tl.minimum(share, K - begin)
+    # A multiple of 8 as it is (packed_rank), written so that the compiler sees it and loads whole vectors.
+    start = (tl.load(slot_table_ptr + slot * 2) + rank.to(tl.int64) * a_unit) // 8 * 8 + first.to(tl.int64) * K
+    place = arena_ptr + start + begin + n[:, None].to(tl.int64) * K + k
+    weight = tl.load(place, mask=(n < rows)[:, None] & inside, other=0.0)
+    if WAIT == "late":
+        gdc_wait()
+    x = tl.load(input_ptr + row * x_row_stride + begin + k, mask=inside, other=0.0)
+    index = first + n
+    target = out_ptr + split * out_split_stride + row * out_row_stride
+    target += (index // rank) * out_slice_stride + index % rank
+    tl.store(target, tl.sum(weight.to(tl.float32) * x.to(tl.float32), 1), mask=n < rows)
 
 
 torch.library.define(
     "lorafleet::bgmv_shrink",
     "(Tensor inputs, Tensor lora_a_weights, Tensor(a!) output_tensor, Tensor lora_indices_tensor, "
-    "float scaling=1.0, int[]? config=None) -> ()",
+    "float scaling=1.0, int[]? config=None, bool operands_ready=False) -> ()",
 )
 torch.library.define(
     "lorafleet::bgmv_shrink_slices",
     "(Tensor inputs, Tensor arena, Tensor slot_table, Tensor(a!) output, Tensor lora_indices, int unit, "
-    "int in_features, int[] out_features, int share=1, bool operands_ready=False, int[]? config=None) -> ()",
+    "int in_features, int[] out_features, bool operands_ready=False, int[]? config=None) -> ()",
 )
 
 
@@ -236,6 +213,7 @@ def _check_shrink(
     lora_indices_tensor: Tensor,
     scaling: float = 1.0,
     config: list[int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
     op = "bgmv_shrink"
     check_tensor(op, "inputs", inputs, "(batch, in_features)", FLOATS, inputs)
@@ -263,7 +241,6 @@ def _check_shrink_slices(
     unit: int,
     in_features: int,
     out_features: list[int],
-    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
@@ -274,7 +251,6 @@ def _check_shrink_slices(
     check_tensor(op, "output", output, "(splits, slices, batch, max_rank)", (torch.float32,), inputs)
     check_tensor(op, "lora_indices", lora_indices, "(batch,)", INTEGERS, inputs)
     check_output(op, "output", output, 2)
-    check_share(op, share)
     if inputs.shape[1] != group.in_features:
         raise ValueError(f"{op}: inputs are {inputs.shape[1]} wide but the group takes {group.in_features}; match them")
     if output.shape[0] != group.splits:
@@ -295,8 +271,9 @@ def _shrink(
     lora_indices_tensor: Tensor,
     scaling: float = 1.0,
     config: list[int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
-    _check_shrink(inputs, lora_a_weights, output_tensor, lora_indices_tensor, scaling, config)
+    _check_shrink(inputs, lora_a_weights, output_tensor, lora_indices_tensor)
     weights = lora_a_weights.squeeze(1) if lora_a_weights.ndim == 4 else lora_a_weights
     check_indices("bgmv_shrink", lora_indices_tensor, weights.shape[0])
     if not use_triton(inputs):
@@ -319,7 +296,7 @@ def _shrink(
             inputs.stride(0),
             weights.stride(0),
             output_tensor.stride(0),
-            **overlap(inputs),
+            **overlap(inputs, operands_ready),
             **launch,
         )
 
@@ -334,12 +311,12 @@ def _shrink_slices(
     unit: int,
     in_features: int,
     out_features: list[int],
-    share: int = 1,
     operands_ready: bool = False,
     config: list[int] | None = None,
 ) -> None:
-    _check_shrink_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features, share)
+    _check_shrink_slices(inputs, arena, slot_table, output, lora_indices, unit, in_features, out_features)
     check_indices("bgmv_shrink_slices", lora_indices, slot_table.shape[0])
+    check_slots("bgmv_shrink_slices", slot_table)
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
         reference.bgmv_shrink_slices(inputs, arena, slot_table, output, lora_indices, group)
@@ -365,7 +342,6 @@ def _shrink_slices(
             slices,
             inputs.stride(0),
             *output.stride()[:3],
-            SHARE=share,
             SPLITS=splits,
             BLOCK_K=width,
             num_warps=min(max(width // 256, 1), 8),

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.lora_group import LoraGroup
+from kernels.lora_group import RANK_STEP, LoraGroup
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 HALVES = (torch.float16, torch.bfloat16)
@@ -58,12 +58,6 @@ def check_rows(op: str, expected: int, **sizes: int) -> None:
         )
 
 
-def check_share(op: str, share: int) -> None:
-    """Checks the number of rows that read a shared adapter together."""
-    if share < 1 or share & (share - 1):
-        raise ValueError(f"{op}: share is {share}; give a power of two, 1 where rows have adapters of their own")
-
-
 def check_weights(
     op: str, name: str, weights: Tensor, shape: str, dtypes: Sequence[torch.dtype], inputs: Tensor
 ) -> Tensor:
@@ -102,6 +96,18 @@ def check_arena(op: str, arena: Tensor, slot_table: Tensor, group: LoraGroup, in
         raise ValueError(
             f"{op}: a group of {group.slices} slices {group.out_features}; pack 1 to {MAX_SLICES} projections"
         )
+
+
+def check_slots(op: str, slot_table: Tensor) -> None:
+    """Checks that adapters lie at whole vectors, as they are packed: on CPU tensors only, where reading is free."""
+    if slot_table.device.type != "cpu" or not (slot_table % RANK_STEP).any():
+        return
+    slot = int((slot_table % RANK_STEP).any(1).nonzero()[0])
+    offset, rank = slot_table[slot].tolist()
+    raise ValueError(
+        f"{op}: slot {slot} has offset {offset} and rank {rank}; pack adapters at multiples of {RANK_STEP} and at "
+        "their packed_rank, padded with zeros"
+    )
 
 
 def check_indices(op: str, indices: Tensor, slots: int) -> None:

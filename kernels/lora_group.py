@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RANK_STEP = 8  # elements: 16 bytes of a 16-bit type, the widest load of a thread
 _SPLIT_WIDTH = 2048  # columns of A that one program sums: what 256 threads load at once, 16 bytes each
+
+
+def packed_rank(rank: int) -> int:
+    """The rank at which an adapter of ``rank`` is packed: padded with zeros to whole vectors.
+
+    Every offset is then a multiple of a vector too. A second path for other ranks in the same kernel, even one never
+    taken, doubled the registers of the first and with them a decode step's LoRA time (bf16, one H100).
+    """
+    return -(-rank // RANK_STEP) * RANK_STEP
 
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
     """One packed projection group (q|k|v, o, gate|up or down) of one decoder layer.
 
-    An adapter is packed at its own rank r as one contiguous slab, so every offset is linear in r and is
-    kept here in units of rank. For a slab that starts at element ``s`` of the arena:
+    An adapter is packed at its own rank, rounded up to r (:func:`packed_rank`), as one contiguous slab, so every offset
+    is linear in r and is kept here in units of rank. For a slab that starts at element ``s`` of the arena, a multiple
+    of ``RANK_STEP``:
 
     - A of slice i, ``(r, in_features)`` row-major, starts at ``s + r * a_unit(i)``;
     - B of slice i, ``(out_features[i], r)`` row-major, starts at ``s + r * b_unit(i)``.

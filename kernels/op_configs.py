@@ -144,24 +144,27 @@ def default_config(op: str, hidden: int, rank: int) -> dict[str, int]:
       2.0/3.4/5.3/7.9; gate|up: 3.0/5.6/14.7/29.7; q|k|v at rank 64: 3.7/5.4/13.5 at batch 1/8/32.
     - shrink: one or two rank rows a program, so that rank 16 of a single row spreads over many; long inputs take
       one row and more warps (down, 14336 wide: 3.6/6.0/8.5/12.9 against 4.7/6.8/8.9/13.1). q|k|v: 2.5/4.3/7.0/11.6.
-    - sgmv: ranks are small, so the narrowest tile that the tensor cores take (16) for the rank and long steps over
-      the input, three stages deep, in 37 KB of shared memory (fp32 takes half the step). Expand at 1x128/8x128/1x2048
-      tokens: q|k|v 5.0/13.0/24.4, gate|up 9.5/73/135 (64-wide tiles 9.8/80/150).
+    - sgmv_shrink: low tiles of tokens and long steps over the input, four stages deep: enough programs for few tokens,
+      enough loads in flight for many. A layer at 64x128 tokens 204 (64 tokens a tile and three stages 213), at 8x256
+      87 (92), at 1x128 31 (36).
+    - sgmv_expand: the rank in one step to 64 (q|k|v and o at rank 64: 244, in steps of 32 306), and tiles 128 wide for
+      it, so that few programs read the same activations. A layer at 64x128 565 (64 wide 605), at 8x256 153 (157), at
+      1x128 24 (23). In steps of 64, for higher ranks, 128 columns spill registers, so those take 64.
     """
     width = _power_of_two(rank)
     if op == "expand":
-        block = min(max(2048 // width, 4), 64, _power_of_two(hidden))
+        block = min(max(4096 // width, 8), 512, _power_of_two(hidden))
         config = {"BLOCK_N": block, "SPLIT_N": -(-hidden // block), "num_warps": 4}
     elif op == "expand_slices":
         config = {"BLOCK_N": 512, "BLOCK_K": min(width, 16), "num_warps": 4}
     elif op == "sgmv_shrink":
         block = min(max(width, 16), 64)
-        config = {"BLOCK_M": 64, "BLOCK_N": block, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+        config = {"BLOCK_M": 32, "BLOCK_N": block, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
     elif op == "sgmv_expand":
-        step = min(max(width, 16), 32)
-        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": step, "num_warps": 4, "num_stages": 1}
+        step, block = min(max(width, 16), 64), 128 if width <= 64 else 64
+        config = {"BLOCK_M": 64, "BLOCK_N": block, "BLOCK_K": step, "num_warps": 4, "num_stages": 1}
     elif op == "shrink_slices":
-        config = {"BLOCK_N": min(4, width)}
+        config = {"BLOCK_N": 4 if width <= 16 else 8}
     elif hidden > 8192:
         config = {"BLOCK_N": 1, "BLOCK_K": 16384, "num_warps": 16}
     else:

@@ -90,9 +90,10 @@ def bgmv_expand(
     lora_indices_tensor: Tensor,
     add_inputs: bool = True,
     override_config: Mapping[str, int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
     """``output[i] (+)= lora_b_weights[indices[i]] @ inputs[i]``; see :func:`kernels.bgmv_expand.bgmv_expand`."""
-    del override_config  # launch parameters of the Triton kernel
+    del override_config, operands_ready  # of the Triton kernel
     weights = lora_b_weights.squeeze(1) if lora_b_weights.ndim == 4 else lora_b_weights
     for row, index in enumerate(lora_indices_tensor.tolist()):
         if index >= 0:
@@ -106,9 +107,10 @@ def bgmv_shrink(
     lora_indices_tensor: Tensor,
     scaling: float = 1.0,
     override_config: Mapping[str, int] | None = None,
+    operands_ready: bool = False,
 ) -> None:
     """``output[i] = scaling * lora_a_weights[indices[i]] @ inputs[i]``; see :func:`kernels.bgmv_shrink.bgmv_shrink`."""
-    del override_config
+    del override_config, operands_ready
     weights = lora_a_weights.squeeze(1) if lora_a_weights.ndim == 4 else lora_a_weights
     for row, index in enumerate(lora_indices_tensor.tolist()):
         if index >= 0:
@@ -123,12 +125,11 @@ def bgmv_expand_slices(
     lora_indices: Tensor,
     group: LoraGroup,
     add_inputs: bool = True,
-    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA B of a packed group, one row a token; see :func:`kernels.bgmv_expand.bgmv_expand_slices`."""
-    del share, operands_ready, override_config  # of the Triton kernel
+    del operands_ready, override_config  # of the Triton kernel
     inputs, packed = _aligned_rows(sum(inputs[1:], start=inputs[0])), output[:, : group.out_total]
     for adapter in _adapters(slot_table, lora_indices):
         matrices, hidden = _b_matrices(arena, adapter, group), inputs[:, :, : adapter.rank]
@@ -144,12 +145,11 @@ def bgmv_shrink_slices(
     output: Tensor,
     lora_indices: Tensor,
     group: LoraGroup,
-    share: int = 1,
     operands_ready: bool = False,
     override_config: Mapping[str, int] | None = None,
 ) -> None:
     """LoRA A of a packed group, one row a token; see :func:`kernels.bgmv_shrink.bgmv_shrink_slices`."""
-    del share, operands_ready, override_config
+    del operands_ready, override_config
     inputs = _aligned_rows(inputs)
     share = -(-group.in_features // output.shape[0])
     share += -share % 16  # a part starts on a 64-byte boundary
@@ -170,9 +170,10 @@ def sgmv_shrink(
     lora_indices: Tensor,
     group: LoraGroup,
     max_segment: int,
+    operands_ready: bool = False,
 ) -> None:
     """LoRA A of a packed group over segments of tokens; see :func:`kernels.sgmv.sgmv_shrink`."""
-    del max_segment  # bounds the Triton kernel's grid
+    del max_segment, operands_ready  # of the Triton kernel
     starts = segment_starts.tolist()
     for adapter in _adapters(slot_table, lora_indices):
         matrix = _a_matrix(arena, adapter, group).T
@@ -192,9 +193,10 @@ def sgmv_expand(
     group: LoraGroup,
     max_segment: int,
     add_inputs: bool = True,
+    operands_ready: bool = False,
 ) -> None:
     """LoRA B of a packed group over segments of tokens; see :func:`kernels.sgmv.sgmv_expand`."""
-    del max_segment
+    del max_segment, operands_ready
     starts = segment_starts.tolist()
     for adapter in _adapters(slot_table, lora_indices):
         matrices = _b_matrices(arena, adapter, group)

@@ -20,6 +20,7 @@ from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterRefused
 from adapter_store.layout import AdapterLayout, TargetGroup, TargetModule
 from adapter_store.packed import PackedAdapter
+from kernels.lora_group import packed_rank
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GROUPS = {
@@ -89,9 +90,9 @@ def peft_deltas(model: PeftModel) -> dict[str, Tensor]:
 
 
 def slab_blocks(packed: PackedAdapter, layout: AdapterLayout) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (rank, in) and B (out, rank) of every module, as the kernels find them in the slab."""
+    """A (packed rank, in) and B (out, packed rank) of every module, as the kernels find them in the slab."""
     blocks: dict[str, tuple[Tensor, Tensor]] = {}
-    rank = packed.rank
+    rank = packed_rank(packed.rank)
     for path, layer, group, index in layout.modules():
         place = layout.lora_groups(layer)[group.name]
         inputs, outputs = place.in_features, place.out_features[index]

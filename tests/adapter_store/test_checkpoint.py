@@ -53,7 +53,7 @@ def test_equals_peft_on_every_architecture(tmp_path: Path, architecture: str, co
     model = make_adapter(tmp_path, architecture, **config)
     packed = pack(tmp_path, architecture)
     assert packed.rank == config["r"]
-    assert packed.slab.shape == (config["r"] * layout_for(architecture).units,)
+    assert packed.slab.shape == (layout_for(architecture).slab_elements(config["r"]),)
     assert_equals_peft(packed, peft_deltas(model), architecture)
 
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapter_store.layout import AdapterLayout, TargetGroup, TargetModule
 from adapter_store.packed import PackedAdapter
 from adapter_store.slots import SLOT_ALIGNMENT, Residency, Slot, SlotPool
+from kernels.lora_group import packed_rank
 
 LAYOUT = AdapterLayout(
     "",
@@ -36,14 +37,14 @@ def device(request: pytest.FixtureRequest) -> str:
 def adapter(key: int, rank: int, layout: AdapterLayout = LAYOUT, pin: bool = False) -> PackedAdapter:
     """An adapter whose every element tells which one it is."""
     digest = hashlib.sha256(f"{key}/{rank}".encode()).hexdigest()
-    slab = torch.full((rank * layout.units,), float(key + 1), pin_memory=pin)
+    slab = torch.full((layout.slab_elements(rank),), float(key + 1), pin_memory=pin)
     return PackedAdapter(f"a{key}", digest, rank, slab)
 
 
 def content(pool: SlotPool, slot: Slot, rank: int) -> torch.Tensor:
     offset, table_rank = pool.slot_table[slot.index].tolist()
-    assert table_rank == rank
-    return pool.arena[offset : offset + rank * LAYOUT.units].cpu().clone()
+    assert table_rank == packed_rank(rank)
+    return pool.arena[offset : offset + LAYOUT.slab_elements(rank)].cpu().clone()
 
 
 RANKS = (1, 2, 3, 4, 5, 8, 2, 4)  # of the adapters that the machine below plays with
@@ -217,7 +218,7 @@ class PoolMachine(RuleBasedStateMachine):
                 assert rank == 0
                 continue
             packed = self.adapters[digest]
-            assert rank == packed.rank
+            assert rank == packed_rank(packed.rank)
             region = slice(offset, offset + packed.slab.numel())
             assert not used[region].any()
             used[region] = True
@@ -255,7 +256,7 @@ def test_what_was_released_or_touched_last_goes_last() -> None:
     slots = {name: pool.acquire(name, 4) for name in "abc"}
     for name, slot in slots.items():
         assert slot is not None
-        pool.load(slot, PackedAdapter(name, name, 4, torch.zeros(4 * LAYOUT.units)))
+        pool.load(slot, PackedAdapter(name, name, 4, torch.zeros(LAYOUT.slab_elements(4))))
     for name in "bac":
         pool.release(slots[name])
     pool.touch("bx")
@@ -281,7 +282,7 @@ def test_a_batch_never_puts_out_its_own_adapters(device: str) -> None:
 
 def test_reload_is_bit_identical_in_another_slot(device: str) -> None:
     pool = SlotPool(LAYOUT, {4: 2, 8: 1}, torch.float32, device, poison=True)
-    packed = PackedAdapter("x", "x", 3, torch.randn(3 * LAYOUT.units))
+    packed = PackedAdapter("x", "x", 3, torch.randn(LAYOUT.slab_elements(3)))
     first = pool.acquire("x", 3)
     assert first is not None
     pool.load(first, packed)

@@ -36,7 +36,7 @@ def test_load_packs_what_the_name_means(tmp_path: Path) -> None:
     assert (packed.name, packed.rank, packed.digest) == ("a", 3, store.resolve("a").digest)
     assert packed.digest == expected.digest
     assert torch.equal(packed.slab, expected.slab)
-    assert packed.nbytes == 4 * 3 * LAYOUT.units
+    assert packed.nbytes == 4 * LAYOUT.slab_elements(3)
 
 
 def test_the_host_cache_answers_by_digest_without_a_source(tmp_path: Path) -> None:

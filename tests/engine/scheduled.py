@@ -16,7 +16,7 @@ LAYOUT = AdapterLayout("tiny", 1, (TargetGroup("o", (TargetModule("self_attn.o_p
 
 
 def adapter(name: str, rank: int = 4) -> PackedAdapter:
-    return PackedAdapter(name, f"digest of {name}", rank, torch.ones(rank * LAYOUT.units))
+    return PackedAdapter(name, f"digest of {name}", rank, torch.ones(LAYOUT.slab_elements(rank)))
 
 
 class Line:

@@ -16,6 +16,7 @@ from engine.model import DecoderModel
 from engine.spec import ModelSpec
 from engine.step import LoraState
 from engine.weights import load_weights
+from kernels.lora_group import packed_rank
 from tests.engine.oracle import ATTENTION, MLP, TinyAdapter, TinyModel
 from tests.engine.paged import PagedRunner, Row
 
@@ -174,7 +175,7 @@ def serve(tiny: TinyModel, dtype: torch.dtype = torch.float32, device: str = "cp
     layout = adapter_layout(spec)
     pool = SlotPool(layout, CLASSES, dtype, device, poison=True)
     groups = tuple(layout.lora_groups(layer) for layer in range(spec.num_layers))
-    lora = LoraState(pool.arena, pool.slot_table, groups, pool.max_rank)
+    lora = LoraState(pool.arena, pool.slot_table, groups, packed_rank(pool.max_rank))
     return Served(tiny, model, pool, lora, adapters)
 
 

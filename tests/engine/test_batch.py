@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.slots import Slot
-from engine.batch import lora_share, sampling_inputs, step_inputs, to_device
+from engine.batch import sampling_inputs, step_inputs, to_device
 from engine.request import GenerationRequest, SamplingParams
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence
@@ -92,20 +92,3 @@ def test_arrays_of_any_size_and_type_arrive_whole(device: str) -> None:
     for name, tensor in to_device(arrays, torch.device(device)).items():
         assert tensor.device.type == device
         assert torch.equal(tensor.cpu(), torch.from_numpy(arrays[name]))
-
-
-@pytest.mark.parametrize(
-    ("indices", "share"),
-    [
-        ([], 1),
-        ([-1] * 9, 1),
-        (list(range(16)), 1),
-        ([3] * 64, 8),
-        ([3, 3, 4, 5], 1),
-        ([3, 3, 4, 4], 8),
-        ([-1, -1, -1, 3, 3, 3, 4, 4], 8),
-        ([1, 1, 1, 1, 2, 3, 4, 5], 1),
-    ],
-)
-def test_an_adapters_read_is_shared_where_that_halves_the_reads(indices: list[int], share: int) -> None:
-    assert lora_share(indices) == share

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreter_on
-from kernels.lora_group import LoraGroup
+from kernels.lora_group import LoraGroup, packed_rank
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -85,24 +85,28 @@ def pack_adapters(device: torch.device) -> Callable[..., PackedAdapters]:
     def pack(
         group: LoraGroup, ranks: Sequence[int], dtype: torch.dtype, offsets: Sequence[int] | None = None
     ) -> PackedAdapters:
-        """Slot i holds an adapter of ``ranks[i]``, one more slot has rank 1 over NaN weights.
+        """Slot i holds an adapter of ``ranks[i]``, one more slot has the least rank over NaN weights.
 
-        By default the offsets are odd and spaced so that no adapter is aligned like another.
+        By default no adapter is aligned to more than the vector that every offset is a multiple of.
         """
-        span = group.unit + group.size
+        span, padded = group.unit + group.size, [packed_rank(rank) for rank in ranks]
         if offsets is None:
-            offsets = [37 * (i + 1) + sum(ranks[:i]) * span for i in range(len(ranks))]
-        length = max(offset + rank * span for offset, rank in zip(offsets, ranks, strict=True)) + span + 64
+            offsets = [8 * (2 * i + 1) + sum(padded[:i]) * span for i in range(len(ranks))]
+        last = max(offset + rank * span for offset, rank in zip(offsets, padded, strict=True))
+        length = last + packed_rank(1) * span + 64
         packed = PackedAdapters(group, torch.full((length,), torch.nan, dtype=dtype), torch.empty(0), tuple(ranks))
         for offset, rank in zip(offsets, ranks, strict=True):
             a = torch.randn(group.slices, rank, group.in_features).to(dtype)
             b = [torch.randn(width, rank).to(dtype) for width in group.out_features]
-            flat = torch.cat([a.flatten(), *(matrix.flatten() for matrix in b)])
-            start = offset + rank * group.unit
+            beyond = packed_rank(rank) - rank
+            padded_a = torch.nn.functional.pad(a, (0, 0, 0, beyond))
+            padded_b = [torch.nn.functional.pad(matrix, (0, beyond)) for matrix in b]
+            flat = torch.cat([padded_a.flatten(), *(matrix.flatten() for matrix in padded_b)])
+            start = offset + packed_rank(rank) * group.unit
             packed.arena[start : start + flat.numel()] = flat
             packed.a.append(a.double().to(device))
             packed.b.append([matrix.double().to(device) for matrix in b])
-        entries = [*zip(offsets, ranks, strict=True), (length - span - 1, 1)]
+        entries = [*zip(offsets, padded, strict=True), (last, packed_rank(1))]
         packed.slot_table = torch.tensor(entries, dtype=torch.int64, device=device)
         packed.arena = packed.arena.to(device)
         return packed

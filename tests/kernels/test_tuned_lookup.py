@@ -32,9 +32,9 @@ def test_lookups_use_the_tuners_keys(op: str, monkeypatch: pytest.MonkeyPatch) -
     for module in (kernels.bgmv_expand, kernels.bgmv_shrink, kernels.sgmv):
         monkeypatch.setattr(module, "get_lora_op_configs", recording)
     stacked = op in ("expand", "shrink")
-    hidden, rank = (40, 4) if stacked else table_key(op, GROUP, 4)
+    hidden, rank = (40, 8) if stacked else table_key(op, GROUP, 8)
     point = (2, 3) if op.startswith("sgmv") else 3
-    problem = Problem(op, hidden, rank, (point,), () if stacked else ((GROUP, 4),))
+    problem = Problem(op, hidden, rank, (point,), () if stacked else ((GROUP, 8),))
     for work in problem.works(KernelSetting(measured=False), point):
         work.check(lambda work=work: work.step(0))
     assert set(asked) == {(op, problem.batch(point), hidden, rank)}
