@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kernels.dispatch import jit, tl
-from kernels.lora_tiles import locate_tile
+from kernels.dispatch import gdc_launch_dependents, gdc_wait, jit, tl
+from kernels.lora_tiles import locate_tile, wait_in_one_program
 
 
 @jit
@@ -67,18 +67,24 @@ def shrink_kernel(
     a_unit, K, SLICES, segments, token_tiles, column_tiles,
     x_row_stride, out_chunk_stride, out_slice_stride, out_row_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
-    SPLIT: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * rank tiles, chunks if SPLIT); a group's A is one matrix of slices * rank rows."""
+    if WAIT != "never":
+        gdc_launch_dependents()
+    if WAIT == "first":
+        gdc_wait()
     tile = tl.program_id(0) // column_tiles
     segment, token, tokens = _find_tile(tile, segment_starts_ptr, segments, token_tiles, BLOCK_M, FLAT)
     slot = tl.load(lora_indices_ptr + segment).to(tl.int64)
     if (slot < 0) | (tokens <= 0):
+        wait_in_one_program(WAIT)
         return
     rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)
     first = (tl.program_id(0) % column_tiles) * BLOCK_N
     count = rank * SLICES - first
     if count <= 0:
+        wait_in_one_program(WAIT)
         return
     start = tl.load(slot_table_ptr + slot * 2) + rank * a_unit.to(tl.int64) + first.to(tl.int64) * K
     x_ptr = input_ptr + token * x_row_stride
@@ -89,6 +95,8 @@ def shrink_kernel(
     else:
         first_k = 0
         last_k = K
+    if WAIT == "late":
+        gdc_wait()
     if ALIGNED and start % 8 == 0:
         total = _shrink_products(
             x_ptr, arena_ptr + start // 8 * 8, tokens, count, x_row_stride, K, first_k, last_k,
@@ -112,15 +120,22 @@ def combine_kernel(
     parts_ptr, slot_table_ptr, out_ptr, segment_starts_ptr, lora_indices_ptr,
     SLICES, chunks, segments, token_tiles, column_tiles,
     chunk_stride, slice_stride, row_stride, out_slice_stride, out_row_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Sums the chunks of a split shrink in their order. Grid (token tiles * rank tiles,)."""
+    if WAIT != "never":
+        gdc_launch_dependents()
+    if WAIT == "first":
+        gdc_wait()
     tile = tl.program_id(0) // column_tiles
     segment, token, tokens = _find_tile(tile, segment_starts_ptr, segments, token_tiles, BLOCK_M, FLAT)
     slot = tl.load(lora_indices_ptr + segment).to(tl.int64)
     if (slot < 0) | (tokens <= 0):
+        wait_in_one_program(WAIT)
         return
     rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)
+    if WAIT == "late":
+        gdc_wait()
     index = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     mask = (m < tokens)[:, None] & (index < rank * SLICES)[None, :]
@@ -135,60 +150,49 @@ def combine_kernel(
 
 
 @jit
-def _dot(x, weight, total, TERMS: tl.constexpr):
-    """``total + x @ weight`` with fp32 ``x``; TERMS: how the tensor cores get at it, 0 for fp32 arithmetic."""
-    if TERMS == 0:
+def _dot(x, weight, total, EXACT: tl.constexpr):
+    """``total + x @ weight`` with fp32 ``x``; EXACT: in fp32 arithmetic, else with 16-bit weights on tensor cores."""
+    if EXACT:
         total = tl.dot(x, weight.to(tl.float32), total, input_precision="ieee")
-    elif TERMS == 2:
+    else:
         # A 16-bit weight is exact in tf32, and x is the sum of two tf32 numbers but for its last bit.
         high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         wide = weight.to(tl.float32)
         total = tl.dot(x - high, wide, total, input_precision="tf32")
         total = tl.dot(high, wide, total, input_precision="tf32")
-    else:
-        high = x.to(tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(low, weight, total)
-        total = tl.dot(middle, weight, total)
-        total = tl.dot(high, weight, total)
     return total
 
 
 @jit
-def _b_tile(
-    arena_ptr, start, n_stride, k_stride, columns, ranks,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_K, BLOCK_N) of a slice's B, zero past ``columns`` or ``ranks``."""
-    n = tl.arange(0, BLOCK_N)[None, :]
-    k = tl.arange(0, BLOCK_K)[:, None]
-    return tl.load(arena_ptr + start + n * n_stride + k * k_stride, mask=(k < ranks) & (n < columns), other=0.0)
+def _load_x(place, rows, left, EVEN_K: tl.constexpr):
+    """Shrunk activations, zero outside of ``rows`` and of the columns ``left`` of the rank."""
+    if EVEN_K:  # the mask of rows alone keeps the loads wide; what lies past the rank is dropped afterwards
+        x = tl.load(place, mask=rows, other=0.0)
+        x = tl.where(left, x, 0.0)
+    else:
+        x = tl.load(place, mask=rows & left, other=0.0)
+    return x
 
 
 @jit
-def _load_b(
-    arena_ptr, slice_start, first, width, rank, done,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK_MAJOR: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_K, BLOCK_N) of a slice's B from rank ``done`` and column ``first`` on.
+def _b_tile(weight_ptr, rank, columns, left, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_K, BLOCK_N) of B stored (columns, rank), zero past ``columns`` or where no rank is ``left``."""
+    n = tl.arange(0, BLOCK_N)[None, :]
+    k = tl.arange(0, BLOCK_K)[:, None]
+    return tl.load(weight_ptr + n * rank + k, mask=(k < left) & (n < columns), other=0.0)
+
+
+@jit
+def _load_b(arena_ptr, start, rank, columns, done, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The tile of B from arena offset ``start`` and rank ``done`` on, ``done`` a multiple of BLOCK_K.
 
     Loads of 16 bytes where the addresses allow; ``// 8 * 8`` lets the compiler see that they do.
     """
-    if RANK_MAJOR:
-        start = slice_start + done * width.to(tl.int64) + first
-        if start % 8 == 0:
-            weight = _b_tile(arena_ptr, start // 8 * 8, 1, width, width - first, rank - done, BLOCK_N, BLOCK_K)
-        else:
-            weight = _b_tile(arena_ptr, start, 1, width, width - first, rank - done, BLOCK_N, BLOCK_K)
+    if (start % 8 == 0) & (rank % 8 == 0):
+        rank = rank // 8 * 8
+        weight = _b_tile(arena_ptr + start // 8 * 8 + done, rank, columns, rank - done, BLOCK_N, BLOCK_K)
     else:
-        start = slice_start + rank * first.to(tl.int64) + done
-        if (start % 8 == 0) & (rank % 8 == 0):
-            rank = rank // 8 * 8
-            weight = _b_tile(arena_ptr, start // 8 * 8, rank, 1, width - first, rank - done, BLOCK_N, BLOCK_K)
-        else:
-            weight = _b_tile(arena_ptr, start, rank, 1, width - first, rank - done, BLOCK_N, BLOCK_K)
+        weight = _b_tile(arena_ptr + start + done, rank, columns, rank - done, BLOCK_N, BLOCK_K)
     return weight
 
 
@@ -197,40 +201,42 @@ def expand_kernel(
     input_ptr, arena_ptr, slot_table_ptr, out_ptr, segment_starts_ptr, lora_indices_ptr,
     b_unit, n0, n1, n2, n3, segments, token_tiles, column_tiles, x_slice_stride, x_row_stride, out_row_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TERMS: tl.constexpr, ONE_STEP: tl.constexpr, EVEN_K: tl.constexpr, RANK_MAJOR: tl.constexpr,
-    FLAT: tl.constexpr, ADD_INPUTS: tl.constexpr,
+    EXACT: tl.constexpr, ONE_STEP: tl.constexpr, EVEN_K: tl.constexpr,
+    FLAT: tl.constexpr, ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * column tiles of all slices,), neighbours side by side in the output's rows.
 
     ONE_STEP: no rank exceeds BLOCK_K. EVEN_K: rows of the input are a multiple of BLOCK_K long.
     """
+    if WAIT != "never":
+        gdc_launch_dependents()
+    if WAIT == "first":
+        gdc_wait()
     tile = tl.program_id(0) // column_tiles
     segment, token, tokens = _find_tile(tile, segment_starts_ptr, segments, token_tiles, BLOCK_M, FLAT)
     slot = tl.load(lora_indices_ptr + segment).to(tl.int64)
     if (slot < 0) | (tokens <= 0):
+        wait_in_one_program(WAIT)
         return
     index, before, first, count = locate_tile(tl.program_id(0) % column_tiles, n0, n1, n2, n3, BLOCK_N)
+    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)
+    start = tl.load(slot_table_ptr + slot * 2) + rank * (b_unit + before + first).to(tl.int64)
+    if WAIT == "late":
+        gdc_wait()
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    rows = (m < tokens)[:, None]
     target = out_ptr + (token + m)[:, None] * out_row_stride + (before + first + n)[None, :]
-    mask = (m < tokens)[:, None] & (n < count)[None, :]
+    mask = rows & (n < count)[None, :]
     if ADD_INPUTS:
         old = tl.load(target, mask=mask, other=0.0)  # asked for first: it comes from farthest
-
-    offset = tl.load(slot_table_ptr + slot * 2)
-    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)
-    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + (token + m)[:, None] * x_row_stride + k[None, :]
-    slice_start = offset + rank * (b_unit + before).to(tl.int64)
+    place = input_ptr + index.to(tl.int64) * x_slice_stride + (token + m)[:, None] * x_row_stride + k[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for done in range(0, BLOCK_K if ONE_STEP else rank, BLOCK_K):
-        if EVEN_K:  # the mask of rows alone keeps the loads wide; what lies past the rank is dropped afterwards
-            x = tl.load(x_ptr + done, mask=(m < tokens)[:, None], other=0.0)
-            x = tl.where((k < rank - done)[None, :], x, 0.0)
-        else:
-            x = tl.load(x_ptr + done, mask=(m < tokens)[:, None] & (k < rank - done)[None, :], other=0.0)
-        weight = _load_b(arena_ptr, slice_start, first, first + count, rank, done, BLOCK_N, BLOCK_K, RANK_MAJOR)
-        total = _dot(x, weight, total, TERMS)
+        x = _load_x(place + done, rows, (k < rank - done)[None, :], EVEN_K)
+        weight = _load_b(arena_ptr, start, rank, count, done, BLOCK_N, BLOCK_K)
+        total = _dot(x, weight, total, EXACT)
 
     if ADD_INPUTS:
         total += old.to(tl.float32)
