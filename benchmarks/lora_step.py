@@ -80,6 +80,7 @@ class LoraModel:
             lora_indices=torch.tensor(lora_indices, dtype=torch.int32, device=device),
             logit_tokens=starts[1:].long() - 1,
             num_decode_rows=rows if length == 1 else 0,
+            num_lora_rows=rows if length == 1 else 0,  # as in a graph, where any row may come to have an adapter
             max_query_len=length if length > 1 else 0,
             has_lora=True,
         )

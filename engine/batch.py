@@ -61,6 +61,7 @@ def step_inputs(plan: StepPlan, page_size: int, device: torch.device) -> StepInp
     return StepInputs(
         **tensors,
         num_decode_rows=plan.num_decode,
+        num_lora_rows=max((row + 1 for row in range(plan.num_decode) if lora_indices[row] >= 0), default=0),
         max_query_len=max((row.end - row.start for row in rows[plan.num_decode :]), default=0),
         has_lora=any(index >= 0 for index in lora_indices),
     )

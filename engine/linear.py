@@ -60,14 +60,14 @@ class LoraStep:
     def __init__(self, inputs: StepInputs, state: LoraState) -> None:
         tokens, rows, decode = inputs.token_ids.shape[0], inputs.lora_indices.shape[0], inputs.num_decode_rows
         self.state = state
-        self.decode_rows = decode
+        self.decode_rows = inputs.num_lora_rows
         self.has_prefill = rows > decode
-        self.decode_indices = inputs.lora_indices[:decode]
+        self.decode_indices = inputs.lora_indices[: self.decode_rows]
         self.prefill_indices = inputs.lora_indices[decode:]
         self.segment_starts = inputs.query_starts[decode:]
         self.max_segment = inputs.max_query_len
         groups = state.groups[0].values()
-        size = max(max(decode * group.splits, tokens * self.has_prefill) * group.slices for group in groups)
+        size = max(max(self.decode_rows * group.splits, tokens * self.has_prefill) * group.slices for group in groups)
         self._shrunk = torch.empty(size * state.max_rank, dtype=torch.float32, device=state.arena.device)
 
     def add(self, x: Tensor, out: Tensor, group: LoraGroup) -> None:

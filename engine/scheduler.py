@@ -80,8 +80,9 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; without rows when there is nothing to do."""
-        # Rows of one adapter side by side: what one has read of its weights is in the L2 when the next wants it.
-        decode = sorted(self._decode_rows(), key=lambda row: row.sequence.lora_index)
+        # Rows without an adapter last: the LoRA kernels are launched for the others alone. Rows of one adapter side by
+        # side: what one has read of its weights is in the L2 when the next wants it.
+        decode = sorted(self._decode_rows(), key=lambda row: row.sequence.lora_index, reverse=True)
         prefill: list[PlannedRow] = []
         budget = self.max_batch_tokens - len(decode)
         for sequence in self.running:

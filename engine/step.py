@@ -27,6 +27,7 @@ class StepInputs:
     lora_indices: Tensor  # (R,) int32: adapter slot, -1 for the base model
     logit_tokens: Tensor  # (O,) int64: the tokens whose logits are wanted
     num_decode_rows: int
+    num_lora_rows: int  # decode rows from the first on that may have an adapter; those after them have none
     max_query_len: int  # longest prefill chunk (0 without prefill rows)
     has_lora: bool  # False skips every LoRA launch
 

@@ -95,6 +95,7 @@ class PagedRunner:
             lora_indices=tensor([row.slot for row, _ in work]),
             logit_tokens=torch.arange(len(tokens), device=self.model.device),
             num_decode_rows=len(decode),
+            num_lora_rows=len(decode),
             max_query_len=max((count for _, count in chunks), default=0),
             has_lora=has_lora and self.lora is not None,
         )

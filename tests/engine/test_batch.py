@@ -62,6 +62,9 @@ def test_step_inputs(
     for table_row, row in zip(inputs.page_table.tolist(), plan_rows, strict=True):
         assert table_row[: len(row.sequence.pages)] == row.sequence.pages
     assert inputs.num_decode_rows == len(decode)
+    assert inputs.num_lora_rows <= len(decode)
+    assert (inputs.lora_indices[inputs.num_lora_rows : len(decode)] < 0).all()
+    assert inputs.num_lora_rows == 0 or inputs.lora_indices[inputs.num_lora_rows - 1] >= 0
     assert inputs.max_query_len == max((count for _, count, *_ in prefill), default=0)
     assert inputs.has_lora == any(row.sequence.slot is not None for row in plan_rows)
     narrow = (inputs.page_table, inputs.query_starts, inputs.context_lens, inputs.lora_indices)

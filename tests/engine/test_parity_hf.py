@@ -122,6 +122,7 @@ def test_padding_rows_touch_nothing(llama: Served) -> None:
         lora_indices=pad(inputs.lora_indices, -1),
         logit_tokens=torch.arange(4),
         num_decode_rows=4,
+        num_lora_rows=4,
     )
     logits = llama.model.forward(padded, runner.kv, llama.lora)
     for index, (row, adapter) in enumerate(rows):

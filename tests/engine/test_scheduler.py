@@ -110,13 +110,13 @@ def test_adapters_of_the_queue_are_put_out_last() -> None:
     assert line.pool.stats().hits == 1  # c took b's slot, although a was the older
 
 
-def test_decode_rows_of_one_adapter_stand_side_by_side() -> None:
+def test_decode_rows_of_one_adapter_stand_side_by_side_and_those_without_last() -> None:
     line = Line(slots={4: 2})
     for name, own in (("1", "a"), ("2", None), ("3", "b"), ("4", "a"), ("5", None), ("6", "b")):
         line.add(name, packed=adapter(own) if own else None)
     line.step()
     line.step()
-    assert [name for name, _, _ in line.steps[1]] == ["2", "5", "1", "4", "3", "6"]
+    assert [name for name, _, _ in line.steps[1]] == ["3", "6", "1", "4", "2", "5"]
     line.run()
 
 
