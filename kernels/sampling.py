@@ -24,21 +24,13 @@ from torch import Tensor
 from kernels import reference_sampling
 from kernels.dispatch import launchable, triton, use_triton
 from kernels.reference_sampling import gumbel_noise, philox4x32
-from kernels.sampling_kernels import (
-    CHUNK,
-    CHUNKS,
-    WORDS_PER_CHUNK,
-    chunk_kernel,
-    draw_kernel,
-    finish_kernel,
-    splitters_kernel,
-    threshold_kernel,
-)
+from kernels.sampling_kernels import chunk_kernel, draw_kernel, finish_kernel, splitters_kernel
+from kernels.sampling_row import CHUNK, CHUNKS, WORDS_PER_CHUNK
+from kernels.sampling_threshold import threshold_kernel
 
 __all__ = ["gumbel_noise", "log_probs", "philox4x32", "sample", "sample_with_logprob"]
 
 _BIN_CAPACITY = 32768  # tokens; bins hold 12 000 at most in the mean, a quarter of that in the deviation
-_MARGIN = 2.0**-13  # between fp32 scores, each of which is within 5e-5 of the exact one
 
 
 def sample(
@@ -160,17 +152,13 @@ class _Draw:
         self._sizes = {"WIDTH": width, "BLOCK_C": block_c}
         self._tiles = tiles
 
-    def run(self, margin: float = _MARGIN, capacity: int = _BIN_CAPACITY) -> tuple[Tensor, Tensor]:
-        """Tokens and log probabilities.
-
-        margin: a chunk with scores this close to its best is compared in float64.
-        capacity: a bin of at most so many tokens is copied out of its row.
-        """
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Tokens and log probabilities."""
         if self.rows:
             self.mark()
             self.scan()
-            self.cut(capacity)
-            self.draw(margin)
+            self.cut()
+            self.draw()
             self.finish()
         return self.tokens, self.logprobs
 
@@ -184,7 +172,7 @@ class _Draw:
         self._launch(chunk_kernel, *self._filtered, *self._workspace, self.vocab, warps=warps, **self._sizes)
 
     def cut(self, capacity: int = _BIN_CAPACITY) -> None:
-        """The threshold of each row, LOWEST and LAST."""
+        """The threshold of each row, LOWEST and LAST. capacity: tokens of a bin that can be copied out of its row."""
         capacity = min(capacity, self.vocab)
         logits = self._filtered[0]
         copied = torch.empty((self.rows, capacity), dtype=torch.float32, device=logits.device)
@@ -204,9 +192,9 @@ class _Draw:
             **self._sizes,
         )
 
-    def draw(self, margin: float = _MARGIN) -> None:
+    def draw(self) -> None:
         """The winner of each chunk."""
-        self._launch(draw_kernel, *self._random, margin, self.vocab, warps=self._tiles.draw_warps, **self._sizes)
+        self._launch(draw_kernel, *self._random, self.vocab, warps=self._tiles.draw_warps, **self._sizes)
 
     def finish(self) -> None:
         """The winner of each row and its log probability."""
