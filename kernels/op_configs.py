@@ -149,7 +149,7 @@ def default_config(op: str, hidden: int, rank: int) -> dict[str, int]:
       87 (92), at 1x128 31 (36).
     - sgmv_expand: the rank in one step to 64 (q|k|v and o at rank 64: 244, in steps of 32 306), and tiles 128 wide for
       it, so that few programs read the same activations. A layer at 64x128 565 (64 wide 605), at 8x256 153 (157), at
-      1x128 24 (23). In steps of 64, for higher ranks, 128 columns spill registers, so those take 64.
+      1x128 24 (23). For higher ranks, in steps of 64, 128 columns take every register there is, so those take 64.
     """
     width = _power_of_two(rank)
     if op == "expand":

@@ -23,6 +23,7 @@ from kernels.lora_checks import (
     check_output,
     check_rows,
     check_segments,
+    check_slots,
     check_tensor,
 )
 from kernels.lora_group import LoraGroup
@@ -242,6 +243,7 @@ def _shrink(
     _check_shrink(*tensors, unit, in_features, out_features, max_segment)
     check_indices("sgmv_shrink", lora_indices, slot_table.shape[0])
     check_segments("sgmv_shrink", segment_starts, inputs.shape[0], max_segment)
+    check_slots("sgmv_shrink", slot_table)
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
         reference.sgmv_shrink(*tensors, group, max_segment)
@@ -277,7 +279,6 @@ def _shrink(
             CHUNK=CHUNK,
             SPLIT=split,
             FLAT=grid.flat,
-            ALIGNED=in_features % 8 == 0,
             # Triton's interpreter multiplies the bit patterns of bf16 operands of a dot.
             WIDEN=inputs.dtype != arena.dtype or (arena.dtype == torch.bfloat16 and interpreter_on()),
             **overlap(inputs, operands_ready),
@@ -324,6 +325,7 @@ def _expand(
     _check_expand(*tensors, unit, in_features, out_features, max_segment, add_inputs)
     check_indices("sgmv_expand", lora_indices, slot_table.shape[0])
     check_segments("sgmv_expand", segment_starts, inputs.shape[1], max_segment)
+    check_slots("sgmv_expand", slot_table)
     group = LoraGroup(unit, in_features, tuple(out_features))
     if not use_triton(inputs):
         reference.sgmv_expand(*tensors, group, max_segment, add_inputs)

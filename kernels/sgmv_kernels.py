@@ -67,7 +67,7 @@ def shrink_kernel(
     a_unit, K, SLICES, segments, token_tiles, column_tiles,
     x_row_stride, out_chunk_stride, out_slice_stride, out_row_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
-    SPLIT: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, WIDEN: tl.constexpr, WAIT: tl.constexpr,
+    SPLIT: tl.constexpr, FLAT: tl.constexpr, WIDEN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * rank tiles, chunks if SPLIT); a group's A is one matrix of slices * rank rows."""
     if WAIT != "never":
@@ -86,7 +86,8 @@ def shrink_kernel(
     if count <= 0:
         wait_in_one_program(WAIT)
         return
-    start = tl.load(slot_table_ptr + slot * 2) + rank * a_unit.to(tl.int64) + first.to(tl.int64) * K
+    # A multiple of 8 as it is (packed_rank), written so that the compiler sees it and loads whole vectors.
+    start = (tl.load(slot_table_ptr + slot * 2) + rank * a_unit.to(tl.int64)) // 8 * 8 + first.to(tl.int64) * K
     x_ptr = input_ptr + token * x_row_stride
     chunk = tl.program_id(1)
     if SPLIT:
@@ -97,16 +98,10 @@ def shrink_kernel(
         last_k = K
     if WAIT == "late":
         gdc_wait()
-    if ALIGNED and start % 8 == 0:
-        total = _shrink_products(
-            x_ptr, arena_ptr + start // 8 * 8, tokens, count, x_row_stride, K, first_k, last_k,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, SPLIT, WIDEN,
-        )  # fmt: skip
-    else:
-        total = _shrink_products(
-            x_ptr, arena_ptr + start, tokens, count, x_row_stride, K, first_k, last_k,
-            BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, SPLIT, WIDEN,
-        )  # fmt: skip
+    total = _shrink_products(
+        x_ptr, arena_ptr + start, tokens, count, x_row_stride, K, first_k, last_k,
+        BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, SPLIT, WIDEN,
+    )  # fmt: skip
 
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
@@ -175,25 +170,11 @@ def _load_x(place, rows, left, EVEN_K: tl.constexpr):
 
 
 @jit
-def _b_tile(weight_ptr, rank, columns, left, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_b(weight_ptr, rank, columns, left, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """(BLOCK_K, BLOCK_N) of B stored (columns, rank), zero past ``columns`` or where no rank is ``left``."""
     n = tl.arange(0, BLOCK_N)[None, :]
     k = tl.arange(0, BLOCK_K)[:, None]
     return tl.load(weight_ptr + n * rank + k, mask=(k < left) & (n < columns), other=0.0)
-
-
-@jit
-def _load_b(arena_ptr, start, rank, columns, done, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The tile of B from arena offset ``start`` and rank ``done`` on, ``done`` a multiple of BLOCK_K.
-
-    Loads of 16 bytes where the addresses allow; ``// 8 * 8`` lets the compiler see that they do.
-    """
-    if (start % 8 == 0) & (rank % 8 == 0):
-        rank = rank // 8 * 8
-        weight = _b_tile(arena_ptr + start // 8 * 8 + done, rank, columns, rank - done, BLOCK_N, BLOCK_K)
-    else:
-        weight = _b_tile(arena_ptr + start + done, rank, columns, rank - done, BLOCK_N, BLOCK_K)
-    return weight
 
 
 @jit(do_not_specialize=["b_unit", "segments", "token_tiles", "column_tiles"])
@@ -219,8 +200,10 @@ def expand_kernel(
         wait_in_one_program(WAIT)
         return
     index, before, first, count = locate_tile(tl.program_id(0) % column_tiles, n0, n1, n2, n3, BLOCK_N)
-    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32)
-    start = tl.load(slot_table_ptr + slot * 2) + rank * (b_unit + before + first).to(tl.int64)
+    # Multiples of 8 as they are (packed_rank), written so that the compiler sees it and loads whole vectors.
+    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32) // 8 * 8
+    start = (tl.load(slot_table_ptr + slot * 2) + rank * (b_unit + before + first).to(tl.int64)) // 8 * 8
+    weight = _load_b(arena_ptr + start, rank, count, rank, BLOCK_N, BLOCK_K)
     if WAIT == "late":
         gdc_wait()
     m = tl.arange(0, BLOCK_M)
@@ -230,13 +213,16 @@ def expand_kernel(
     target = out_ptr + (token + m)[:, None] * out_row_stride + (before + first + n)[None, :]
     mask = rows & (n < count)[None, :]
     if ADD_INPUTS:
-        old = tl.load(target, mask=mask, other=0.0)  # asked for first: it comes from farthest
+        old = tl.load(target, mask=mask, other=0.0)
+        tl.debug_barrier()  # or the compiler asks for it after it has waited for x: it comes from farther
     place = input_ptr + index.to(tl.int64) * x_slice_stride + (token + m)[:, None] * x_row_stride + k[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for done in range(0, BLOCK_K if ONE_STEP else rank, BLOCK_K):
-        x = _load_x(place + done, rows, (k < rank - done)[None, :], EVEN_K)
-        weight = _load_b(arena_ptr, start, rank, count, done, BLOCK_N, BLOCK_K)
-        total = _dot(x, weight, total, EXACT)
+    total = _dot(_load_x(place, rows, (k < rank)[None, :], EVEN_K), weight, total, EXACT)
+    if not ONE_STEP:
+        for done in range(BLOCK_K, rank, BLOCK_K):
+            x = _load_x(place + done, rows, (k < rank - done)[None, :], EVEN_K)
+            weight = _load_b(arena_ptr + start + done, rank, count, rank - done, BLOCK_N, BLOCK_K)
+            total = _dot(x, weight, total, EXACT)
 
     if ADD_INPUTS:
         total += old.to(tl.float32)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kernels import reference, sgmv
 from kernels.dispatch import interpreter_on
-from kernels.lora_group import LoraGroup
+from kernels.lora_group import LoraGroup, packed_rank
 from kernels.sgmv import sgmv_expand, sgmv_shrink
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -44,7 +44,7 @@ def check_both(
 ) -> None:
     """Shrink, then expand, ``tail`` tokens past the last segment; what no live segment covers is NaN or untouched."""
     group, device, tokens = packed.group, packed.arena.device, starts[-1] + tail
-    stored = packed.slot_table[:, 1].tolist()  # ranks in the arena: the adapters' own or padded
+    stored = [packed_rank(rank) for rank in packed.ranks]
     max_rank = max(stored) + 3
     segments = [slice(starts[i], starts[i + 1]) for i in range(len(indices))]
     live = [(part, slot) for part, slot in zip(segments, indices, strict=True) if slot >= 0]
@@ -341,6 +341,7 @@ REFUSED_ON_CPU: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "falling": ("segment_starts", lambda t: t.flip(0), r"segment_starts \[6, 3, 1\] must not decrease"),
     "past the end": ("segment_starts", lambda t: t + 1, r"\[2, 4, 7\] .* 6 tokens"),
     "slot": ("lora_indices", lambda t: t + 2, "row 0 has adapter index 3"),
+    "unpadded": ("slot_table", lambda t: t - 1, "slot 0 has offset 7 and rank 7; pack adapters at multiples of 8"),
 }
 
 
