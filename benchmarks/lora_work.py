@@ -178,7 +178,7 @@ def segment_work(setting: KernelSetting, op: str, group: LoraGroup, rank: int, s
     function = sgmv_expand if op == "sgmv_expand" else sgmv_shrink
 
     def call(step: int) -> None:
-        function(inputs, arena, table, output, starts, rows.indices[step], group, length)
+        function(inputs, arena, table, output, starts, rows.indices[step], group, length, operands_ready=True)
 
     def twin() -> None:
         same = reference.sgmv_expand if op == "sgmv_expand" else reference.sgmv_shrink

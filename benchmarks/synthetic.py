@@ -80,14 +80,14 @@ def write_model_config(folder: Path, shape: str) -> Path:
 def write_random_adapter(folder: Path, layout: AdapterLayout, rank: int, seed: int) -> Path:
     """Write a PEFT LoRA folder of one rank over every target module, bf16, small random A and B."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU draws the gigabytes of a benchmark in no time
+    generator = torch.Generator(device).manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for path, _, group, index in layout.modules():
         module = group.modules[index]
-        a = torch.empty(rank, module.in_features, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        b = torch.empty(module.out_features, rank, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b
+        for half, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
+            weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
+            tensors[f"base_model.model.{path}.lora_{half}.weight"] = weight.cpu()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",

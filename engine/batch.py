@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 from engine.request import SamplingParams
 from engine.scheduler import PlannedRow, StepPlan
 from engine.step import StepInputs
+from kernels.sampling import sample_with_logprob
 
 _ALIGNMENT = 16  # bytes; every array starts where any of its element types may
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """How each of the rows that draw a token does it, on the host: (O,) each, in the order of the logits."""
+    """How each of the rows that draw a token does it: (O,) each, in the order of the logits."""
 
     temperature: Tensor  # fp64
     top_k: Tensor  # int64
@@ -27,10 +28,57 @@ class SamplingInputs:
     seed: Tensor  # int64
     position: Tensor  # int64: the drawn token's
 
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(token ids, their raw log probabilities): see :func:`kernels.sampling.sample_with_logprob`."""
+        return sample_with_logprob(
+            logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position
+        )
 
-def step_inputs(plan: StepPlan, page_size: int, device: torch.device) -> StepInputs:
-    """The tensors of ``plan`` on ``device``; nothing waits for the device."""
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """The names of the fields."""
+        return frozenset(entry.name for entry in fields(cls))
+
+
+def step_inputs(plan: StepPlan, page_size: int, device: torch.device) -> tuple[StepInputs, SamplingInputs]:
+    """The tensors of ``plan`` on ``device``, in one copy; nothing waits for the device."""
     rows = plan.rows
+    arrays = _step_arrays(rows, page_size, max(len(row.sequence.pages) for row in rows))
+    arrays |= _sampling_arrays([row for row in rows if row.samples])
+    tensors = to_device(arrays, device)
+    lora_indices = arrays["lora_indices"]
+    with_lora = np.flatnonzero(lora_indices[: plan.num_decode] >= 0)
+    sampling = SamplingInputs(**{name: tensors.pop(name) for name in SamplingInputs.names()})
+    inputs = StepInputs(
+        **tensors,
+        num_decode_rows=plan.num_decode,
+        num_lora_rows=int(with_lora[-1]) + 1 if with_lora.size else 0,
+        max_query_len=max((row.end - row.start for row in rows[plan.num_decode :]), default=0),
+        has_lora=bool((lora_indices >= 0).any()),
+    )
+    return inputs, sampling
+
+
+def decode_arrays(
+    rows: Sequence[PlannedRow], padded_rows: int, max_pages: int, page_size: int
+) -> dict[str, np.ndarray]:
+    """Inputs of a decode step, padded to ``padded_rows`` rows and page tables of ``max_pages``; all rows draw a token.
+
+    Named as the fields of StepInputs and SamplingInputs.
+    """
+    padding = padded_rows - len(rows)
+    arrays = _step_arrays(rows, page_size, max_pages) | _sampling_arrays(rows)
+    values = {"kv_slots": -1, "lora_indices": -1, "top_p": 1}
+    arrays = {
+        name: np.concatenate([array, np.full((padding, *array.shape[1:]), values.get(name, 0), array.dtype)])
+        for name, array in arrays.items()
+    }
+    arrays["query_starts"] = np.arange(padded_rows + 1, dtype=np.int32)
+    arrays["logit_tokens"] = np.arange(padded_rows, dtype=np.int64)
+    return arrays
+
+
+def _step_arrays(rows: Sequence[PlannedRow], page_size: int, max_pages: int) -> dict[str, np.ndarray]:
     token_ids: list[int] = []
     positions: list[int] = []
     kv_slots: list[int] = []
@@ -40,55 +88,50 @@ def step_inputs(plan: StepPlan, page_size: int, device: torch.device) -> StepInp
         positions += range(row.start, row.end)
         _add_kv_slots(kv_slots, row, page_size)
         query_starts.append(len(token_ids))
-    page_table = np.zeros((len(rows), max(len(row.sequence.pages) for row in rows)), dtype=np.int32)
+    page_table = np.zeros((len(rows), max_pages), dtype=np.int32)
     for table_row, row in zip(page_table, rows, strict=True):
         table_row[: len(row.sequence.pages)] = row.sequence.pages
-    lora_indices = [row.sequence.lora_index for row in rows]
     logit_tokens = [end - 1 for row, end in zip(rows, query_starts[1:], strict=True) if row.samples]
-    tensors = to_device(
-        {
-            "token_ids": np.array(token_ids, dtype=np.int64),
-            "positions": np.array(positions, dtype=np.int64),
-            "kv_slots": np.array(kv_slots, dtype=np.int64),
-            "page_table": page_table,
-            "query_starts": np.array(query_starts, dtype=np.int32),
-            "context_lens": np.array([row.end for row in rows], dtype=np.int32),
-            "lora_indices": np.array(lora_indices, dtype=np.int32),
-            "logit_tokens": np.array(logit_tokens, dtype=np.int64),
-        },
-        device,
-    )
-    return StepInputs(
-        **tensors,
-        num_decode_rows=plan.num_decode,
-        num_lora_rows=max((row + 1 for row in range(plan.num_decode) if lora_indices[row] >= 0), default=0),
-        max_query_len=max((row.end - row.start for row in rows[plan.num_decode :]), default=0),
-        has_lora=any(index >= 0 for index in lora_indices),
-    )
+    return {
+        "token_ids": np.array(token_ids, dtype=np.int64),
+        "positions": np.array(positions, dtype=np.int64),
+        "kv_slots": np.array(kv_slots, dtype=np.int64),
+        "page_table": page_table,
+        "query_starts": np.array(query_starts, dtype=np.int32),
+        "context_lens": np.array([row.end for row in rows], dtype=np.int32),
+        "lora_indices": np.array([row.sequence.lora_index for row in rows], dtype=np.int32),
+        "logit_tokens": np.array(logit_tokens, dtype=np.int64),
+    }
 
 
-def sampling_inputs(rows: Sequence[PlannedRow]) -> SamplingInputs:
+def _sampling_arrays(rows: Sequence[PlannedRow]) -> dict[str, np.ndarray]:
     """The parameters of ``rows``, all of which draw a token."""
     params: list[SamplingParams] = [row.sequence.request.sampling for row in rows]
-    return SamplingInputs(
-        temperature=torch.tensor([one.temperature for one in params], dtype=torch.float64),
-        top_k=torch.tensor([one.top_k for one in params], dtype=torch.int64),
-        top_p=torch.tensor([one.top_p for one in params], dtype=torch.float64),
-        min_p=torch.tensor([one.min_p for one in params], dtype=torch.float64),
-        seed=torch.tensor([row.sequence.seed for row in rows], dtype=torch.int64),
-        position=torch.tensor([row.end for row in rows], dtype=torch.int64),
-    )
+    return {
+        "temperature": np.array([one.temperature for one in params], dtype=np.float64),
+        "top_k": np.array([one.top_k for one in params], dtype=np.int64),
+        "top_p": np.array([one.top_p for one in params], dtype=np.float64),
+        "min_p": np.array([one.min_p for one in params], dtype=np.float64),
+        "seed": np.array([row.sequence.seed for row in rows], dtype=np.int64),
+        "position": np.array([row.end for row in rows], dtype=np.int64),
+    }
+
+
+def places(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
+    """Where each array starts in one buffer that holds them all, and the buffer's size; in bytes."""
+    starts: dict[str, int] = {}
+    size = 0
+    for name, array in arrays.items():
+        starts[name] = size
+        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return starts, size
 
 
 def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """The arrays as tensors on ``device``. On CUDA all of them share one pinned buffer and one copy."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    starts: dict[str, int] = {}
-    size = 0
-    for name, array in arrays.items():
-        starts[name] = size
-        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    starts, size = places(arrays)
     # A fresh buffer each step: torch keeps it from being reused before the copy has read it.
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     filled = host.numpy()

@@ -55,13 +55,13 @@ class DecoderLayer:
             return out
 
         normed = torch.empty_like(x)
-        residual_rms_norm(x, residual, self.input_norm, self.eps, normed)
+        residual_rms_norm(x, residual, self.input_norm, self.eps, normed, operands_ready=True)
         residual = x if residual is None else residual
         qkv = project(self.qkv, "qkv", normed)
         attended = qkv.new_empty((qkv.shape[0], self.o.weight.shape[1]))
         attention.run(self.index, qkv, attended, self.q_norm, self.k_norm)
         x = project(self.o, "o", attended)
-        residual_rms_norm(x, residual, self.post_norm, self.eps, normed)
+        residual_rms_norm(x, residual, self.post_norm, self.eps, normed, operands_ready=True)
         gate_up = project(self.gate_up, "gate_up", normed)
         gated = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
         silu_mul(gate_up, gated)
@@ -112,10 +112,13 @@ class DecoderModel:
         return KVCache(keys=tensors(), values=tensors())
 
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs, kv: KVCache, lora: LoraState | None = None) -> Tensor:
+    def forward(
+        self, inputs: StepInputs, kv: KVCache, lora: LoraState | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Logits of ``inputs.logit_tokens``: ``(O, vocab_size)`` fp32. Writes keys and values into ``kv``.
 
-        lora may be None only when ``inputs.has_lora`` is False. Nothing here waits for the device.
+        lora may be None only when ``inputs.has_lora`` is False. out: where to put the logits, in the model's dtype and
+        not widened. Nothing here waits for the device.
         """
         assert lora is not None or not inputs.has_lora, "rows with adapters need the LoRA state"
         lora_step = LoraStep(inputs, lora) if lora is not None and inputs.has_lora else None
@@ -126,8 +129,10 @@ class DecoderModel:
         assert residual is not None
         x, residual = x[inputs.logit_tokens], residual[inputs.logit_tokens]
         normed = torch.empty_like(x)
-        residual_rms_norm(x, residual, self.norm, self.spec.rms_norm_eps, normed)
-        return functional.linear(normed, self.lm_head).float()
+        residual_rms_norm(x, residual, self.norm, self.spec.rms_norm_eps, normed, operands_ready=True)
+        if out is None:
+            return functional.linear(normed, self.lm_head).float()
+        return torch.mm(normed, self.lm_head.t(), out=out)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor a checkpoint must hold, by name, and the tensor (or view) of this model that it fills."""

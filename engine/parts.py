@@ -12,6 +12,7 @@ import torch
 
 from adapter_store.slots import Residency, SlotPool
 from adapter_store.store import AdapterStore
+from engine.decode_graphs import row_buckets
 from engine.kv_pages import PagePool
 from engine.lora_targets import adapter_layout
 from engine.model import DecoderModel
@@ -65,17 +66,22 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     else:
         load_weights(model, settings.model)
     slots, store = _adapters(settings, spec, dtype, device, on_residency)
-    runner, activation_bytes = Runner(model, model.new_kv_cache(1, settings.page_size), slots), 0
+    runner = Runner(model, model.new_kv_cache(1, settings.page_size), slots)
+    activation_bytes = graph_bytes = 0
     if device.type == "cuda":
         activation_bytes = _step_bytes(runner, settings, max_model_len)
-    num_pages = _num_pages(settings, model, max_model_len, activation_bytes)
+        if settings.cuda_graphs:
+            graph_bytes = _graph_bytes(runner, settings, max_model_len)
+    num_pages = _num_pages(settings, model, max_model_len, activation_bytes + graph_bytes)
     runner.kv = model.new_kv_cache(num_pages, settings.page_size)
+    if graph_bytes:
+        _capture(runner, settings, max_model_len)
     pages = PagePool(num_pages, settings.page_size, runner.poison if settings.poison else None)
     if settings.poison:
         runner.poison(range(num_pages))
     _log.info(
         "%s on %s in %s: weights %s, adapter slots %s (%s), KV cache %s (%d pages of %d tokens), "
-        "one step %s; ready in %.1f s",
+        "one step %s, graphs of its decode steps %s; ready in %.1f s",
         spec.name,
         device,
         str(dtype).removeprefix("torch."),
@@ -86,6 +92,7 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
         num_pages,
         settings.page_size,
         _size(activation_bytes) if activation_bytes else "not measured",
+        _size(graph_bytes) if graph_bytes else "none",
         time.perf_counter() - started,
     )
     eos = {*spec.eos_token_ids, *(() if tokenizer is None else tokenizer.eos_token_ids)}
@@ -177,6 +184,22 @@ def _step_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) ->
     before = torch.cuda.memory_allocated(device)
     rehearse(runner, settings, max_model_len)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _graph_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) -> int:
+    """GPU memory that the captured decode steps hold. Captured to know it, and again over the real KV cache."""
+    device = runner.model.device
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info(device)
+    _capture(runner, settings, max_model_len)
+    after, _ = torch.cuda.mem_get_info(device)
+    runner.graphs = None
+    return max(before - after, 1)
+
+
+def _capture(runner: Runner, settings: EngineSettings, max_model_len: int) -> None:
+    runner.capture(row_buckets(settings.max_rows), -(-max_model_len // settings.page_size))
 
 
 def _size(count: int) -> str:

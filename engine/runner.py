@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from adapter_store.slots import SlotPool
-from engine.batch import sampling_inputs, step_inputs
+from engine.batch import step_inputs
+from engine.decode_graphs import DecodeGraphs
 from engine.model import DecoderModel
 from engine.scheduler import PlannedRow, StepPlan
-from engine.step import KVCache, LoraState
+from engine.step import Drawn, KVCache, LoraState
 from kernels.lora_group import packed_rank
-from kernels.sampling import log_probs, sample
+from kernels.sampling import log_probs
 
 _Logprobs = tuple[float | None, tuple[tuple[int, float], ...]]
 _NO_LOGPROBS: _Logprobs = (None, ())
@@ -40,6 +41,7 @@ class Runner:
         self.model = model
         self.kv = kv
         self.slots = slots
+        self.graphs: DecodeGraphs | None = None
         self.lora: LoraState | None = None
         if slots is not None:
             groups = tuple(slots.layout.lora_groups(layer) for layer in range(slots.layout.num_layers))
@@ -50,18 +52,20 @@ class Runner:
 
         always_lora: launch the LoRA kernels even when no row has an adapter (to compile them).
         """
-        inputs = step_inputs(plan, self.kv.page_size, self.model.device)
-        if always_lora and self.lora is not None:
-            inputs = replace(inputs, has_lora=True)
-        logits = self.model.forward(inputs, self.kv, self.lora)
+        graphs = self.graphs
+        drawn = graphs.run(plan) if graphs is not None and graphs.takes(plan) else self._launch(plan, always_lora)
         if self.slots is not None:
             self.slots.step_done()
         rows = [row for row in plan.rows if row.samples]
         if rows:
-            return self._draw(logits, rows)
+            return _read(drawn, rows)
         if self.model.device.type == "cuda":
             torch.cuda.current_stream(self.model.device).synchronize()
         return []
+
+    def capture(self, buckets: Sequence[int], max_pages: int) -> None:
+        """Decode through graphs from now on. To be called again when ``kv`` is replaced."""
+        self.graphs = DecodeGraphs(self.model, self.kv, self.lora, buckets, max_pages)
 
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN."""
@@ -69,18 +73,23 @@ class Runner:
         for cache in (*self.kv.keys, *self.kv.values):
             cache.index_fill_(0, index, math.nan)
 
-    def _draw(self, logits: Tensor, rows: Sequence[PlannedRow]) -> list[SampledToken]:
-        params = sampling_inputs(rows)
-        ids = sample(logits, params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.position)
-        usable = torch.isfinite(logits.amax(dim=-1))  # NaN anywhere in a row is its maximum
-        asked = {index: row.sequence.request.sampling.logprobs for index, row in enumerate(rows)}
-        wanted = {index: count for index, count in asked.items() if count is not None}
-        logprobs = _logprobs(logits, ids, wanted) if wanted else {}
-        tokens: list[int] = torch.where(usable, ids, -1).tolist()
-        return [
-            SampledToken(token if token >= 0 else None, *logprobs.get(index, _NO_LOGPROBS))
-            for index, token in enumerate(tokens)
-        ]
+    def _launch(self, plan: StepPlan, always_lora: bool) -> Drawn:
+        inputs, sampling = step_inputs(plan, self.kv.page_size, self.model.device)
+        if always_lora and self.lora is not None:
+            inputs = replace(inputs, num_lora_rows=inputs.num_decode_rows, has_lora=True)
+        logits = self.model.forward(inputs, self.kv, self.lora)
+        return Drawn(*sampling.draw(logits), logits)
+
+
+def _read(drawn: Drawn, rows: Sequence[PlannedRow]) -> list[SampledToken]:
+    asked = {index: row.sequence.request.sampling.logprobs for index, row in enumerate(rows)}
+    wanted = {index: count for index, count in asked.items() if count is not None}
+    logprobs = _logprobs(drawn.logits, drawn.ids, wanted) if wanted else {}
+    tokens: list[int] = torch.where(drawn.logprobs.isnan(), -1, drawn.ids).tolist()
+    return [
+        SampledToken(token if token >= 0 else None, *logprobs.get(index, _NO_LOGPROBS))
+        for index, token in enumerate(tokens)
+    ]
 
 
 def _logprobs(logits: Tensor, ids: Tensor, wanted: Mapping[int, int]) -> dict[int, _Logprobs]:

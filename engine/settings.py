@@ -30,6 +30,7 @@ class EngineSettings:
     load_threads: adapters on this machine that are read and packed at the same time. download_threads: adapters
     brought here from elsewhere at the same time.
     max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it.
+    cuda_graphs: on a GPU, decode steps are captured at the start and replayed, padded to some numbers of rows.
     cpu_threads: torch threads of the step loop; None leaves torch's choice.
     seed: draws the seeds of requests without one, and the weights of ``load_random_weights``; None is random.
     load_random_weights: benchmark with ``config.json`` alone.
@@ -54,6 +55,7 @@ class EngineSettings:
     load_threads: int = 8
     download_threads: int = 32
     max_overtakes: int = 64
+    cuda_graphs: bool = True
     cpu_threads: int | None = None
     seed: int | None = None
     load_random_weights: bool = False

@@ -33,6 +33,16 @@ class StepInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step drew, for each row whose logits were wanted: ids (O,) int64, their raw log probabilities (O,) fp32,
+    NaN where a row's logits are of no use, and the logits (O, vocab_size). Valid until the next step is launched."""
+
+    ids: Tensor
+    logprobs: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class KVCache:
     """Paged keys and values: per layer ``(num_pages, page_size, kv_heads, head_dim)`` each."""
 

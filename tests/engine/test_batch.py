@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.slots import Slot
-from engine.batch import sampling_inputs, step_inputs, to_device
+from engine.batch import decode_arrays, step_inputs, to_device
 from engine.request import GenerationRequest, SamplingParams
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence
@@ -43,7 +43,7 @@ def test_step_inputs(
     plan_rows += [planned(len(decode) + i, *row) for i, row in enumerate(prefill)]
     if not plan_rows:
         return
-    inputs = step_inputs(StepPlan(tuple(plan_rows), len(decode)), PAGE, torch.device(device))
+    inputs, _ = step_inputs(StepPlan(tuple(plan_rows), len(decode)), PAGE, torch.device(device))
     tokens, positions, kv_slots, starts, wanted = [], [], [], [0], []
     for row in plan_rows:
         for position in range(row.start, row.end):
@@ -75,13 +75,33 @@ def test_step_inputs(
 
 
 def test_sampling_inputs() -> None:
-    made = sampling_inputs([planned(index, index, 3, True, -1) for index in range(3)])
-    assert made.temperature.tolist() == [0.5, 1.5, 2.5]
-    assert made.top_k.tolist() == [0, 1, 2]
-    assert made.top_p.tolist() == [1, 1 / 2, 1 / 3]
-    assert made.min_p.tolist() == pytest.approx([0, 0.1, 0.2])
-    assert made.seed.tolist() == [7, 8, 9]
-    assert made.position.tolist() == [3, 4, 5]  # the drawn token comes right after the row's last
+    rows = tuple(planned(index, index, 3, index != 1, -1) for index in range(4))
+    _, made = step_inputs(StepPlan(rows, 0), PAGE, torch.device("cpu"))
+    assert made.temperature.tolist() == [0.5, 2.5, 3.5]
+    assert made.top_k.tolist() == [0, 2, 3]
+    assert made.top_p.tolist() == [1, 1 / 3, 1 / 4]
+    assert made.min_p.tolist() == pytest.approx([0, 0.2, 0.3])
+    assert made.seed.tolist() == [7, 9, 10]
+    assert made.position.tolist() == [3, 5, 6]  # the drawn token comes right after the row's last
+
+
+def test_a_padded_decode_step() -> None:
+    rows = [planned(index, 3 * index, 1, True, index - 1) for index in range(3)]
+    plain, sampling = step_inputs(StepPlan(tuple(rows), 3), PAGE, torch.device("cpu"))
+    padded = decode_arrays(rows, 5, 7, PAGE)
+    assert padded["page_table"].shape == (5, 7)
+    for name in ("token_ids", "positions", "kv_slots", "context_lens", "lora_indices"):
+        assert padded[name][:3].tolist() == getattr(plain, name).tolist()
+    for name in sampling.names():
+        assert padded[name][:3].tolist() == getattr(sampling, name).tolist()
+    width = plain.page_table.shape[1]
+    assert padded["page_table"][:3, :width].tolist() == plain.page_table.tolist()
+    assert not padded["page_table"][3:].any()
+    assert padded["context_lens"][3:].tolist() == [0, 0]
+    assert padded["kv_slots"][3:].tolist() == padded["lora_indices"][3:].tolist() == [-1, -1]
+    assert padded["temperature"][3:].tolist() == [0, 0], "a padding row takes the shortest way through the sampler"
+    assert padded["query_starts"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert padded["logit_tokens"].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("device", DEVICES)

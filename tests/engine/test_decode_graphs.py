@@ -1,0 +1,173 @@
+"""Decode steps on fixed, padded buffers, captured as CUDA graphs where there is a GPU, against the same steps eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import pytest
+import torch
+
+from adapter_store.slots import Slot
+from engine.decode_graphs import row_buckets
+from engine.request import GenerationRequest, SamplingParams
+from engine.runner import Runner, SampledToken
+from engine.scheduler import PlannedRow, StepPlan
+from engine.sequence import Sequence
+from tests.engine.oracle import TinyAdapter, TinyModel, build_tiny_model
+from tests.engine.served import Served, prompt, serve
+
+PAGE, PAGES, MOST_PAGES = 4, 64, 9
+GREEDY = SamplingParams(temperature=0.0, logprobs=2)
+DRAWN = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "llama")
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def served(request: pytest.FixtureRequest, tiny: TinyModel) -> Served:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    return serve(tiny, device=request.param)
+
+
+class Rows:
+    """Sequences on one runner whose KV cache is NaN until written, decoded with or without graphs."""
+
+    def __init__(self, served: Served, buckets: Many[int] | None) -> None:
+        self.served = served
+        self.runner = Runner(served.model, served.model.new_kv_cache(PAGES, PAGE), served.pool)
+        self.runner.poison(range(PAGES))
+        if buckets is not None:
+            self.runner.capture(buckets, MOST_PAGES)
+            self.runner.poison(range(PAGES))  # what padded rows wrote, had they written anything
+        self.free = list(range(PAGES))
+
+    def add(self, number: int, length: int, adapter: TinyAdapter | None, sampling: SamplingParams) -> Sequence:
+        """A sequence with its prompt in the cache."""
+        tokens = tuple(prompt(length, seed=number))
+        request = GenerationRequest(f"{number}", tokens, sampling)
+        sequence = Sequence(request, number, length + 99, seed=1000 + number)
+        index = self.served.slot(adapter)
+        sequence.slot = None if index < 0 else Slot(index, 16, 0, 0)
+        self.grow(sequence)
+        (first,) = self.runner.run(StepPlan((PlannedRow(sequence, 0, length, samples=True),), 0))
+        self.take(sequence, first)
+        return sequence
+
+    def grow(self, sequence: Sequence) -> None:
+        while len(sequence.pages) * PAGE < len(sequence.tokens):
+            sequence.pages.append(self.free.pop((7 * len(self.free)) // 11))
+
+    def take(self, sequence: Sequence, sampled: SampledToken) -> None:
+        assert sampled.token_id is not None
+        sequence.computed = len(sequence.tokens)
+        sequence.tokens.append(sampled.token_id)
+
+    def decode(self, sequences: Many[Sequence]) -> list[SampledToken]:
+        for sequence in sequences:
+            self.grow(sequence)
+        rows = [PlannedRow(one, one.computed, len(one.tokens), samples=True) for one in sequences]
+        rows.sort(key=lambda row: row.sequence.lora_index, reverse=True)
+        drawn = self.runner.run(StepPlan(tuple(rows), len(rows)))
+        for row, sampled in zip(rows, drawn, strict=True):
+            self.take(row.sequence, sampled)
+        return drawn
+
+
+def mixed(rows: Rows, count: int) -> list[Sequence]:
+    choices = [None, *rows.served.adapters]
+    return [
+        rows.add(number, 3 + 2 * number, choices[number % len(choices)], (GREEDY, DRAWN)[number % 2])
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_captured_steps_draw_what_the_others_draw(served: Served, count: int) -> None:
+    plain, captured = Rows(served, None), Rows(served, [1, 4, 7])
+    expected, got = mixed(plain, count), mixed(captured, count)
+    for _ in range(5):
+        for want, have in zip(plain.decode(expected), captured.decode(got), strict=True):
+            assert want.token_id == have.token_id
+            assert want.logprob == pytest.approx(have.logprob, abs=2e-5)
+            assert [token for token, _ in want.top] == [token for token, _ in have.top]
+    assert [one.tokens for one in got] == [one.tokens for one in expected]
+
+
+def test_rows_of_the_base_model_take_the_step_without_lora(served: Served) -> None:
+    rows = Rows(served, [2, 4])
+    base = [rows.add(number, 5, None, GREEDY) for number in range(2)]
+    calls: list[bool] = []
+    forward = served.model.forward
+
+    def watched(inputs, *arguments, **options):  # type: ignore[no-untyped-def]
+        calls.append(inputs.has_lora)
+        return forward(inputs, *arguments, **options)
+
+    served.model.forward = watched  # type: ignore[method-assign]
+    try:
+        rows.decode(base)
+        mixed_in = rows.add(7, 4, served.adapters[0], GREEDY)
+        rows.decode([*base, mixed_in])
+    finally:
+        served.model.forward = forward  # type: ignore[method-assign]
+    if served.model.device.type == "cuda":  # graphs are replayed: only the prefill is computed anew
+        assert calls == [True]
+    else:
+        assert calls == [False, True, True]
+
+
+def test_a_rows_bits_are_the_same_in_every_step_of_a_bucket(served: Served) -> None:
+    """Alone, or among rows of the base model and of other adapters, on other pages."""
+    results = []
+    for company in (0, 2, 5):
+        rows = Rows(served, [6])
+        others = mixed(rows, company)
+        own = rows.add(50, 9, served.adapters[1], DRAWN)
+        own_results = []
+        for _ in range(4):
+            drawn = rows.decode([*others, own])
+            order = sorted([*others, own], key=lambda one: one.lora_index, reverse=True)
+            own_results.append(drawn[order.index(own)])
+        results.append(own_results)
+    assert results[0] == results[1] == results[2]
+
+
+def test_an_adapter_that_moves_to_another_slot_is_read_there(served: Served) -> None:
+    rows, moved = Rows(served, [4]), Rows(served, [4])
+    stay = [rows.add(number, 6, served.adapters[number], GREEDY) for number in range(3)]
+    go = [moved.add(number, 6, served.adapters[number], GREEDY) for number in range(3)]
+    rows.decode(stay)
+    moved.decode(go)
+    expected = rows.decode(stay)
+    served.flood()
+    before = [sequence.lora_index for sequence in go]
+    for number, sequence in enumerate(go):
+        sequence.slot = Slot(served.slot(served.adapters[number]), 16, 0, 0)
+    assert [sequence.lora_index for sequence in go] != before
+    assert {one.token_id for one in moved.decode(go)} == {one.token_id for one in expected}
+    assert [one.tokens for one in go] == [one.tokens for one in stay]
+
+
+def test_which_steps_are_taken(served: Served) -> None:
+    rows = Rows(served, [1, 4])
+    graphs = rows.runner.graphs
+    assert graphs is not None
+    sequence = rows.add(0, 5, None, GREEDY)
+    row = PlannedRow(sequence, 5, 6, samples=True)
+    assert graphs.takes(StepPlan((row,) * 4, 4))
+    assert not graphs.takes(StepPlan((row,) * 5, 5)), "more rows than the largest bucket"
+    assert not graphs.takes(StepPlan((row, row), 1)), "a prefill chunk beside a decode row"
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 8, 64, 100, 256])
+def test_buckets_reach_the_most_rows_and_waste_little(most: int) -> None:
+    buckets = row_buckets(most)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == most
+    for rows in range(1, most + 1):
+        padded = min(bucket for bucket in buckets if bucket >= rows)
+        assert padded - rows < max(8, 0.2 * rows + 8)
