@@ -1,4 +1,4 @@
-"""Decode steps on fixed, padded buffers, captured as CUDA graphs where there is a GPU, against the same steps eagerly."""
+"""Decode steps on fixed, padded buffers, captured as CUDA graphs on a GPU, against the same steps run one by one."""
 
 from __future__ import annotations
 
