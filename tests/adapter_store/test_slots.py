@@ -42,6 +42,7 @@ def adapter(key: int, rank: int, layout: AdapterLayout = LAYOUT, pin: bool = Fal
 
 
 def content(pool: SlotPool, slot: Slot, rank: int) -> torch.Tensor:
+    pool.wait(slot)
     offset, table_rank = pool.slot_table[slot.index].tolist()
     assert table_rank == packed_rank(rank)
     return pool.arena[offset : offset + LAYOUT.slab_elements(rank)].cpu().clone()
