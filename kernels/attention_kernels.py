@@ -2,7 +2,7 @@
 
 Strides are in elements, offsets int64; keys and values share theirs. ``scale_log2`` is the softmax scale times
 log2(e): the softmax runs on exp2. WIDEN: multiply in fp32 (Triton's interpreter would multiply the bit patterns of
-bf16). WAIT: as ``kernels.dispatch.overlap`` says.
+bf16). WAIT: as ``kernels.dispatch.overlap`` says; the decode kernels are launched plainly.
 """
 
 from __future__ import annotations
@@ -270,7 +270,6 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
     """Grid (workers,), any number: the splits of all rows and kv heads lie behind each other and are dealt out.
 
@@ -278,9 +277,6 @@ def decode_kernel(
     result written; of several, unnormalised sums (rows, heads, room, HEAD_DIM) with their peak and mass (rows, heads,
     room) for ``combine_kernel``.
     """
-    if WAIT == "first":
-        gdc_launch_dependents()
-        gdc_wait()
     index = tl.arange(0, BLOCK_R)
     lengths = tl.load(context_lens + index, mask=index < rows, other=0)
     _, _, _, counts = _split_plan(lengths, most, min_blocks, WINDOW, BLOCK_N)
@@ -360,12 +356,8 @@ def combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
     """Grid (heads, rows): joins the splits, BLOCK_S at most, of a head of a row that has several."""
-    if WAIT == "first":
-        gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     _, _, _, splits = _split_plan(tl.load(context_lens + row), most, min_blocks, WINDOW, BLOCK_N)

@@ -1,4 +1,7 @@
-"""Attention and the fused steps, which may start while the kernel before them runs, keep the order of their stream."""
+"""Prefill and the fused steps, which may start while the kernel before them runs, keep the order of their stream.
+
+So do the kernels of decode between them, which are launched plainly: all of one has ended when the next begins.
+"""
 
 from __future__ import annotations
 
