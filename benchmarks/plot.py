@@ -63,7 +63,7 @@ class KernelResults:
         """The figure: time over bytes; the roofline; and, where a step was measured, what LoRA adds to it."""
         decode = self.steps
         with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-            figure = Figure(figsize=(18 if decode else 12, 5.5), layout="constrained")
+            figure = Figure(figsize=(18 if decode else 12, 6.5), layout="constrained")
             axes: Sequence[Axes] = figure.subplots(1, 3 if decode else 2)
             self._times(axes[0])
             self._roofline(axes[1])
@@ -80,7 +80,8 @@ class KernelResults:
             floor = span / self.bandwidth
             axes.plot(span, floor, color="#555555", label=f"copy, {self.bandwidth / 1e6:.2f} TB/s")
             axes.plot(span, 1.9 + 1.05 * floor, color="#555555", linestyle="--", label="1.9 µs + 1.05 × copy")
-            axes.set_ylim(bottom=min(row["us"] for row in self.rows) / 2)
+            shortest, longest = (reduce([row["us"] for row in self.rows]) for reduce in (min, max))
+            axes.set_ylim(shortest / 2, longest * 2)
         axes.set(xscale="log", yscale="log", xlabel="bytes that must move", ylabel="µs", title="Time over bytes")
         axes.legend(frameon=False)
 
@@ -107,7 +108,7 @@ class KernelResults:
             )
             for place, row in zip(places, mine.values(), strict=True):
                 for value, style in ((row["floor_us"], "-"), (row["limit_us"], ":")):
-                    if value is not None:
+                    if value:
                         axes.plot([place - width / 2, place + width / 2], [value / 1e3] * 2, style, color="black")
         axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
         axes.set(xlabel="batch", ylabel="ms added", title="LoRA in a decode step (— adapter bytes, ··· limit)")
@@ -117,8 +118,9 @@ class KernelResults:
         mine = [row for row in (self.rows if rows is None else rows) if row["kernel"].startswith(family.starts)]
         if mine:
             x, y = zip(*(point(row) for row in mine), strict=True)
-            size = 60 if family.marker == "*" else 18
-            axes.scatter(x, y, size, family.color, marker=family.marker, alpha=0.75, linewidths=0, label=family.label)
+            size = 90 if family.marker == "*" else 26
+            style = {"marker": family.marker, "alpha": 0.85, "edgecolors": "white", "linewidths": 0.5}
+            axes.scatter(x, y, size, family.color, label=family.label, **style)  # the rim parts marks that overlap
         return bool(mine)
 
 
