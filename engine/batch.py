@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams
 from engine.scheduler import PlannedRow, StepPlan
+from engine.sequence import PENDING
 from engine.step import StepInputs
 from kernels.sampling import sample_with_logprob
 
@@ -40,8 +41,13 @@ class SamplingInputs:
         return frozenset(entry.name for entry in fields(cls))
 
 
-def step_inputs(plan: StepPlan, page_size: int, device: torch.device) -> tuple[StepInputs, SamplingInputs]:
-    """The tensors of ``plan`` on ``device``, in one copy; nothing waits for the device."""
+def step_inputs(
+    plan: StepPlan, page_size: int, device: torch.device, drawn: Tensor | None = None
+) -> tuple[StepInputs, SamplingInputs]:
+    """The tensors of ``plan`` on ``device``, in one copy; nothing waits for the device.
+
+    drawn: ids that the step before this one drew; needed where tokens of the plan are not known on the host yet.
+    """
     rows = plan.rows
     arrays = _step_arrays(rows, page_size, max(len(row.sequence.pages) for row in rows))
     arrays |= _sampling_arrays([row for row in rows if row.samples])
@@ -49,6 +55,9 @@ def step_inputs(plan: StepPlan, page_size: int, device: torch.device) -> tuple[S
     lora_indices = arrays["lora_indices"]
     with_lora = np.flatnonzero(lora_indices[: plan.num_decode] >= 0)
     sampling = SamplingInputs(**{name: tensors.pop(name) for name in SamplingInputs.names()})
+    awaited = tensors.pop("awaited")
+    if drawn is not None:
+        tensors["token_ids"] = with_drawn(tensors["token_ids"], awaited, drawn)
     inputs = StepInputs(
         **tensors,
         num_decode_rows=plan.num_decode,
@@ -64,11 +73,11 @@ def decode_arrays(
 ) -> dict[str, np.ndarray]:
     """Inputs of a decode step, padded to ``padded_rows`` rows and page tables of ``max_pages``; all rows draw a token.
 
-    Named as the fields of StepInputs and SamplingInputs.
+    Named as the fields of StepInputs and SamplingInputs; ``awaited`` is for :func:`with_drawn`.
     """
     padding = padded_rows - len(rows)
     arrays = _step_arrays(rows, page_size, max_pages) | _sampling_arrays(rows)
-    values = {"kv_slots": -1, "lora_indices": -1, "top_p": 1}
+    values = {"kv_slots": -1, "lora_indices": -1, "awaited": -1, "top_p": 1}
     arrays = {
         name: np.concatenate([array, np.full((padding, *array.shape[1:]), values.get(name, 0), array.dtype)])
         for name, array in arrays.items()
@@ -78,13 +87,22 @@ def decode_arrays(
     return arrays
 
 
+def with_drawn(token_ids: Tensor, awaited: Tensor, drawn: Tensor) -> Tensor:
+    """``token_ids`` with ``drawn[awaited]`` where that is not -1; all on the device, (T,) int64 and drawn longer."""
+    return torch.where(awaited < 0, token_ids, drawn[awaited.clamp(min=0)])
+
+
 def _step_arrays(rows: Sequence[PlannedRow], page_size: int, max_pages: int) -> dict[str, np.ndarray]:
     token_ids: list[int] = []
+    awaited: list[int] = []
     positions: list[int] = []
     kv_slots: list[int] = []
     query_starts = [0]
     for row in rows:
-        token_ids += row.sequence.tokens[row.start : row.end]
+        tokens = row.sequence.tokens[row.start : row.end]
+        assert PENDING not in tokens[:-1]
+        awaited += [-1] * (len(tokens) - 1) + [row.sequence.awaited if tokens[-1] == PENDING else -1]
+        token_ids += [max(token, 0) for token in tokens]
         positions += range(row.start, row.end)
         _add_kv_slots(kv_slots, row, page_size)
         query_starts.append(len(token_ids))
@@ -94,6 +112,7 @@ def _step_arrays(rows: Sequence[PlannedRow], page_size: int, max_pages: int) -> 
     logit_tokens = [end - 1 for row, end in zip(rows, query_starts[1:], strict=True) if row.samples]
     return {
         "token_ids": np.array(token_ids, dtype=np.int64),
+        "awaited": np.array(awaited, dtype=np.int64),
         "positions": np.array(positions, dtype=np.int64),
         "kv_slots": np.array(kv_slots, dtype=np.int64),
         "page_table": page_table,

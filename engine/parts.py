@@ -66,7 +66,7 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     else:
         load_weights(model, settings.model)
     slots, store = _adapters(settings, spec, dtype, device, on_residency)
-    runner = Runner(model, model.new_kv_cache(1, settings.page_size), slots)
+    runner = Runner(model, model.new_kv_cache(1, settings.page_size), slots, settings.max_batch_tokens)
     activation_bytes = graph_bytes = 0
     if device.type == "cuda":
         activation_bytes = _step_bytes(runner, settings, max_model_len)

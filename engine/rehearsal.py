@@ -30,13 +30,13 @@ def rehearse(runner: Runner, settings: EngineSettings, max_model_len: int) -> No
         ]
         _run(runner, sequences, 0, length, decode=False)
         for sequence in sequences:
-            sequence.tokens.append(0)
+            sequence.read(0)
         _run(runner, sequences[: settings.max_rows], length, length + 1, decode=True)
 
 
 def _run(runner: Runner, sequences: list[Sequence], start: int, end: int, *, decode: bool) -> None:
     rows = tuple(PlannedRow(sequence, start, end, samples=True) for sequence in sequences)
-    runner.run(StepPlan(rows, len(rows) if decode else 0), always_lora=True)
+    runner.launch(StepPlan(rows, len(rows) if decode else 0), always_lora=True).read()
 
 
 def _shapes(settings: EngineSettings, max_model_len: int) -> Iterator[tuple[int, int]]:

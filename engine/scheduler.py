@@ -89,9 +89,9 @@ class Scheduler:
             if not sequence.decoding:
                 budget -= self._add_chunk(prefill, sequence, budget)
         self._admit(prefill, budget)
-        if not decode and not prefill and self.running:
+        first = next((sequence for sequence in self.running if not sequence.decoding), None)
+        if not decode and not prefill and first is not None:
             # Every row waits for its adapter's copy: let the device wait for the first, there is nothing else to do.
-            first = self.running[0]
             assert self.slots is not None
             assert first.slot is not None
             self.slots.wait(first.slot)
@@ -100,7 +100,7 @@ class Scheduler:
 
     def _decode_rows(self) -> Iterator[PlannedRow]:
         for sequence in list(self.running):
-            if not sequence.decoding:
+            if not sequence.decoding or sequence.full:
                 continue
             while not self.pages.extend(sequence.pages, len(sequence.tokens)):
                 last = self.running[-1]
@@ -131,6 +131,8 @@ class Scheduler:
         for sequence in self.waiting[:]:
             if budget <= 0 or len(self.running) >= self.max_rows:
                 return
+            if sequence.awaited >= 0:
+                return  # preempted in this very step: its last token is not read yet, and nobody may pass it
             if not self._take_slot(sequence, passed):
                 passed.append(sequence)
                 continue

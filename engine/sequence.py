@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from engine.text_stream import OutputText
 
 
+PENDING = -1  # in place of a token that is drawn but not read yet
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request's tokens and what it holds. Touched by the step loop's thread only.
@@ -20,7 +23,9 @@ class Sequence:
     arrival: grows with every request; decides order. max_tokens: prompt and completion together. seed: of its draws.
     text: the visible text, None for a model without a tokenizer. queue: where results go.
     adapter: its weights in host memory; None for the base model, and while a slot holds them already.
-    tokens: prompt, then what was generated. computed: how many of them have keys and values in ``pages``.
+    tokens: prompt, then what was generated, with PENDING at the end for what is drawn but not read. known: how many of
+    them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
+    computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
     overtaken: admissions of later arrivals while this one had no slot to go to. draining: the digest that its
     starvation keeps from being admitted again, so that a slot comes free.
     """
@@ -33,6 +38,8 @@ class Sequence:
     queue: OutputQueue | None = None
     adapter: PackedAdapter | None = None
     tokens: list[int] = field(default_factory=list)
+    known: int = 0
+    awaited: int = -1
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: Slot | None = None
@@ -42,6 +49,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
+        self.known = len(self.tokens)
 
     @property
     def prompt_tokens(self) -> int:
@@ -49,7 +57,8 @@ class Sequence:
 
     @property
     def completion_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
+        """Generated tokens that are read."""
+        return self.known - self.prompt_tokens
 
     @property
     def digest(self) -> str | None:
@@ -60,6 +69,26 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether only the last token is still to be computed."""
         return 0 < self.computed == len(self.tokens) - 1
+
+    @property
+    def full(self) -> bool:
+        """Whether its last token is drawn, read or not."""
+        return len(self.tokens) >= self.max_tokens
+
+    def launched(self, end: int, drawn: int | None) -> None:
+        """A step was launched that computes the tokens up to ``end`` and draws one as its ``drawn``-th, unless None."""
+        self.computed = end
+        if drawn is not None:
+            self.tokens.append(PENDING)
+            self.awaited = drawn
+
+    def read(self, token: int) -> None:
+        """The first token that was drawn and not read is ``token``."""
+        assert self.tokens[self.known] == PENDING
+        self.tokens[self.known] = token
+        self.known += 1
+        if self.known == len(self.tokens):
+            self.awaited = -1
 
     @property
     def lora_index(self) -> int:

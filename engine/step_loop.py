@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from adapter_store.errors import AdapterRefused
+from engine.flight import Flight, SampledToken
 from engine.loading import AdapterLoads
 from engine.output import Outbox, fresh
 from engine.parts import EngineParts
@@ -22,7 +23,6 @@ from engine.request import (
     InvalidRequest,
     TokenLogprob,
 )
-from engine.runner import SampledToken
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
@@ -59,6 +59,7 @@ class StepLoop:
                 self._fail,
             )
         self._outbox = Outbox()
+        self._flight: Flight | None = None  # the step launched last
         self._wake = threading.Condition()
         # Guarded by _wake: messages to the loop, and every sequence that is not finished.
         self._inbox: list[Callable[[], None]] = []
@@ -150,7 +151,7 @@ class StepLoop:
 
     def _turn(self) -> None:
         with self._wake:
-            while not self._inbox and not self._scheduler.running and not self._scheduler.waiting:
+            while not (self._inbox or self._flight or self._scheduler.running or self._scheduler.waiting):
                 self._wake.wait()
             inbox, self._inbox = self._inbox, []
         for message in inbox:
@@ -164,30 +165,36 @@ class StepLoop:
                 self._abort(sequence)
 
     def _step(self) -> None:
+        """Launch the next step, then read the one before it: the device has work while its results are handed out."""
         started = time.perf_counter()
         plan = self._scheduler.plan()
-        assert plan.rows or not self._scheduler.waiting, "requests wait although nothing runs"
+        assert plan.rows or self._flight or not self._scheduler.waiting, "requests wait although nothing runs"
         for sequence in plan.reload:
             assert self._loads is not None
             self._loads.start(sequence)
-        if not plan.rows:
-            return
-        sampled = iter(self.parts.runner.run(plan))
-        for row in plan.rows:
-            row.sequence.computed = row.end
-            self._prompt_tokens += max(0, min(row.end, row.sequence.prompt_tokens) - row.start)
-            if row.samples:
-                self._advance(row.sequence, next(sampled))
-        self._steps += 1
+        landing, self._flight = self._flight, None
+        if plan.rows:
+            self._flight = self.parts.runner.launch(plan)
+            for row in plan.rows:
+                self._prompt_tokens += max(0, min(row.end, row.sequence.prompt_tokens) - row.start)
+        if landing is not None:
+            for row, sampled in zip(landing.rows, landing.read(), strict=True):
+                self._advance(row.sequence, sampled)
+            self._steps += 1
         self._last_step_seconds = time.perf_counter() - started
 
     def _advance(self, sequence: Sequence, sampled: SampledToken) -> None:
-        """Add a drawn token to its sequence, see whether that ends it, and hand out the chunk."""
+        """Add a drawn token to its sequence, see whether that ends it, and hand out the chunk.
+
+        A sequence that ended meanwhile may have gone through one step more; what that drew is dropped.
+        """
+        if sequence.finished:
+            return
         token = sampled.token_id
         if token is None:
             self._fail(sequence, _not_finite(sequence))
             return
-        sequence.tokens.append(token)
+        sequence.read(token)
         self._generated_tokens += 1
         text, reason, stop = self._finish_check(sequence, token)
         request = sequence.request
@@ -220,7 +227,7 @@ class StepLoop:
         elif output is not None:
             text, stop = output.push(token)
             reason = None if stop is None else "stop"
-        if reason is None and len(sequence.tokens) >= sequence.max_tokens:
+        if reason is None and sequence.known >= sequence.max_tokens:
             reason = "length"
         if reason is not None and output is not None and not isinstance(stop, str):
             rest, found = output.finish()
@@ -283,7 +290,7 @@ class StepLoop:
 
 
 def _not_finite(sequence: Sequence) -> Exception:
-    where = f"the logits of token {len(sequence.tokens)} are not finite"
+    where = f"the logits of token {sequence.known} are not finite"
     if sequence.request.adapter is None:
         return GenerationFailed(f"{where}: the base model overflows in this dtype; try bfloat16 or float32")
     return AdapterRefused(

@@ -9,8 +9,9 @@ import torch
 
 from adapter_store.slots import Slot
 from engine.decode_graphs import row_buckets
+from engine.flight import SampledToken
 from engine.request import GenerationRequest, SamplingParams
-from engine.runner import Runner, SampledToken
+from engine.runner import Runner
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence
 from tests.engine.oracle import TinyAdapter, TinyModel, build_tiny_model
@@ -38,7 +39,7 @@ class Rows:
 
     def __init__(self, served: Served, buckets: Many[int] | None) -> None:
         self.served = served
-        self.runner = Runner(served.model, served.model.new_kv_cache(PAGES, PAGE), served.pool)
+        self.runner = Runner(served.model, served.model.new_kv_cache(PAGES, PAGE), served.pool, 16)
         self.runner.poison(range(PAGES))
         if buckets is not None:
             self.runner.capture(buckets, MOST_PAGES)
@@ -53,7 +54,7 @@ class Rows:
         index = self.served.slot(adapter)
         sequence.slot = None if index < 0 else Slot(index, 16, 0, 0)
         self.grow(sequence)
-        (first,) = self.runner.run(StepPlan((PlannedRow(sequence, 0, length, samples=True),), 0))
+        (first,) = self.runner.launch(StepPlan((PlannedRow(sequence, 0, length, samples=True),), 0)).read()
         self.take(sequence, first)
         return sequence
 
@@ -63,15 +64,14 @@ class Rows:
 
     def take(self, sequence: Sequence, sampled: SampledToken) -> None:
         assert sampled.token_id is not None
-        sequence.computed = len(sequence.tokens)
-        sequence.tokens.append(sampled.token_id)
+        sequence.read(sampled.token_id)
 
     def decode(self, sequences: Many[Sequence]) -> list[SampledToken]:
         for sequence in sequences:
             self.grow(sequence)
         rows = [PlannedRow(one, one.computed, len(one.tokens), samples=True) for one in sequences]
         rows.sort(key=lambda row: row.sequence.lora_index, reverse=True)
-        drawn = self.runner.run(StepPlan(tuple(rows), len(rows)))
+        drawn = self.runner.launch(StepPlan(tuple(rows), len(rows))).read()
         for row, sampled in zip(rows, drawn, strict=True):
             self.take(row.sequence, sampled)
         return drawn
@@ -97,27 +97,30 @@ def test_captured_steps_draw_what_the_others_draw(served: Served, count: int) ->
     assert [one.tokens for one in got] == [one.tokens for one in expected]
 
 
-def test_rows_of_the_base_model_take_the_step_without_lora(served: Served) -> None:
-    rows = Rows(served, [2, 4])
+def test_lora_is_launched_for_none_for_few_or_for_all_rows(served: Served) -> None:
+    rows = Rows(served, [2, 16])
     base = [rows.add(number, 5, None, GREEDY) for number in range(2)]
-    calls: list[bool] = []
+    calls: list[tuple[int, int]] = []
     forward = served.model.forward
 
     def watched(inputs, *arguments, **options):  # type: ignore[no-untyped-def]
-        calls.append(inputs.has_lora)
+        calls.append((inputs.num_decode_rows, inputs.num_lora_rows))
         return forward(inputs, *arguments, **options)
 
     served.model.forward = watched  # type: ignore[method-assign]
     try:
         rows.decode(base)
-        mixed_in = rows.add(7, 4, served.adapters[0], GREEDY)
-        rows.decode([*base, mixed_in])
+        few = [rows.add(7, 4, served.adapters[0], GREEDY)]
+        rows.decode([*base, *few])
+        many = [rows.add(number, 4, served.adapters[1], GREEDY) for number in range(8, 16)]
+        rows.decode([*base, *few, *many])
     finally:
         served.model.forward = forward  # type: ignore[method-assign]
-    if served.model.device.type == "cuda":  # graphs are replayed: only the prefill is computed anew
-        assert calls == [True]
+    prefills = [(0, 0)] * 9
+    if served.model.device.type == "cuda":  # graphs are replayed
+        assert calls == prefills
     else:
-        assert calls == [False, True, True]
+        assert calls == [(2, 0), (0, 0), (16, 8), *prefills[1:], (16, 16)]
 
 
 def test_a_rows_bits_are_the_same_in_every_step_of_a_bucket(served: Served) -> None:

@@ -50,7 +50,7 @@ def test_slots_are_pairs_sorted_by_rank_however_they_are_written() -> None:
 
 def test_from_dict_names_unknown_keys() -> None:
     assert EngineSettings.from_dict({"model": "m", "max_rows": 3}) == EngineSettings("m", max_rows=3)
-    with pytest.raises(ValueError, match="unknown engine settings max_row; known are cpu_threads, device"):
+    with pytest.raises(ValueError, match="unknown engine settings max_row; known are cpu_threads, cuda_graphs, device"):
         EngineSettings.from_dict({"model": "m", "max_row": 3})
 
 

@@ -1,0 +1,68 @@
+"""A step that was launched and whose draws are on their way to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.scheduler import PlannedRow
+from engine.step import Drawn
+from kernels.sampling import log_probs
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A drawn token; ``token_id`` is None when the row's logits held NaN or +inf, or nothing but -inf.
+
+    logprob and top (token id, logprob), likeliest first, are set when the request asked for them.
+    """
+
+    token_id: int | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Flight:
+    """The draws of one step. Made right after its launch, before the next one's; may be read long after."""
+
+    def __init__(self, rows: Sequence[PlannedRow], drawn: Drawn) -> None:
+        """rows: those that draw a token, in the order of ``drawn``. Nothing waits for the device."""
+        self.rows = rows
+        asked = [row.sequence.request.sampling.logprobs for row in rows]
+        self._wanted = {index: count for index, count in enumerate(asked) if count is not None}
+        self._tokens = _to_host(torch.where(drawn.logprobs.isnan(), -1, drawn.ids))
+        self._logprobs: tuple[Tensor, ...] = ()
+        if self._wanted:
+            index = torch.tensor(list(self._wanted), dtype=torch.int64).to(drawn.ids.device, non_blocking=True)
+            logits, ids = drawn.logits.index_select(0, index), drawn.ids.index_select(0, index)
+            self._logprobs = tuple(map(_to_host, log_probs(logits, ids, max(self._wanted.values()))))
+        self._done: torch.cuda.Event | None = None
+        if drawn.ids.is_cuda:
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> list[SampledToken]:
+        """The token of each row; waits for the step."""
+        if self._done is not None:
+            self._done.synchronize()
+        logprobs: dict[int, float] = {}
+        tops: dict[int, tuple[tuple[int, float], ...]] = {}
+        if self._wanted:
+            for (row, count), value, ids, values in zip(
+                self._wanted.items(), *(tensor.tolist() for tensor in self._logprobs), strict=True
+            ):
+                logprobs[row], tops[row] = value, tuple(zip(ids[:count], values[:count], strict=True))
+        return [
+            SampledToken(token if token >= 0 else None, logprobs.get(index), tops.get(index, ()))
+            for index, token in enumerate(self._tokens.tolist())
+        ]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy under way to pinned memory; the tensor itself on a CPU."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
