@@ -1,14 +1,17 @@
-"""Which KV-cache pages are free. Knows numbers only; the tensors belong to the runner."""
+"""Which KV-cache pages are free, used or kept for their content. Knows numbers only; the runner has the tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 
 class PagePool:
-    """A free list of KV pages; every page has one owner at most.
+    """KV pages with users. A page without any is free, or kept while nobody needs the room if its content has a key.
 
-    on_free: called with the pages just given back, before anyone else can get them (poisoning, in tests).
+    Sequences whose tokens begin alike may use the same pages: a page with a key is full and is not written again.
+
+    on_free: called with pages whose content is gone, before anyone else can get them (poisoning, in tests).
     """
 
     def __init__(self, num_pages: int, page_size: int, on_free: Callable[[Sequence[int]], None] | None = None) -> None:
@@ -18,11 +21,15 @@ class PagePool:
         self.page_size = page_size
         self._on_free = on_free
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the warmest page is reused first
-        self._used = bytearray(num_pages)
+        self._users = [0] * num_pages
+        self._kept: OrderedDict[int, None] = OrderedDict()  # pages with a key and no users, the first to go first
+        self._keys: dict[int, bytes] = {}
+        self._by_key: dict[bytes, int] = {}
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        """Pages without users, kept ones among them."""
+        return len(self._free) + len(self._kept)
 
     @property
     def capacity(self) -> int:
@@ -36,22 +43,54 @@ class PagePool:
     def extend(self, pages: list[int], tokens: int) -> bool:
         """Grow ``pages`` in place until ``tokens`` tokens fit. All or nothing: False leaves everything as it was."""
         missing = self.pages_for(tokens) - len(pages)
-        if missing > len(self._free):
+        if missing > self.free_pages:
             return False
         for _ in range(missing):
-            page = self._free.pop()
-            self._used[page] = True
+            page = self._free.pop() if self._free else self._drop_kept()
+            self._users[page] = 1
             pages.append(page)
         return True
 
     def free(self, pages: list[int]) -> None:
-        """Take all of ``pages`` back and empty the list."""
+        """Take all of ``pages`` back from one user and empty the list."""
         if not pages:
             return
-        for page in pages:
-            assert self._used[page], f"page {page} was freed twice"
-            self._used[page] = False
-        if self._on_free is not None:
-            self._on_free(pages)
-        self._free.extend(pages)
+        gone: list[int] = []
+        for page in reversed(pages):  # of one sequence's kept pages the last go first: those before them stay of use
+            assert self._users[page], f"page {page} was freed twice"
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._keys:
+                self._kept[page] = None
+            else:
+                gone.append(page)
+        if gone and self._on_free is not None:
+            self._on_free(gone[::-1])
+        self._free.extend(gone[::-1])
         pages.clear()
+
+    def share(self, keys: Iterable[bytes]) -> list[int]:
+        """Pages that hold what the first of ``keys`` name, one after the other up to the first unknown; now used."""
+        pages: list[int] = []
+        for key in keys:
+            page = self._by_key.get(key)
+            if page is None:
+                break
+            self._kept.pop(page, None)
+            self._users[page] += 1
+            pages.append(page)
+        return pages
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Say that a page in use is full and what it holds. Of two pages with one key the first is the one to share."""
+        assert self._users[page], f"page {page} has no user"
+        if key not in self._by_key and page not in self._keys:
+            self._keys[page], self._by_key[key] = key, page
+
+    def _drop_kept(self) -> int:
+        page, _ = self._kept.popitem(last=False)
+        del self._by_key[self._keys.pop(page)]
+        if self._on_free is not None:
+            self._on_free([page])
+        return page

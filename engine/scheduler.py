@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.kv_pages import PagePool
+from engine.prefix_keys import extend_keys
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -55,16 +56,28 @@ class Scheduler:
     """
 
     def __init__(
-        self, pages: PagePool, slots: SlotPool | None, *, max_rows: int, max_batch_tokens: int, max_overtakes: int
+        self,
+        pages: PagePool,
+        slots: SlotPool | None,
+        *,
+        max_rows: int,
+        max_batch_tokens: int,
+        max_overtakes: int,
+        max_mixed_tokens: int | None = None,
+        prefix_cache: bool = False,
     ) -> None:
+        """max_mixed_tokens: most prefill tokens beside decoding rows. The rest as in EngineSettings."""
         self.pages = pages
         self.slots = slots
         self.max_rows = max_rows
         self.max_batch_tokens = max_batch_tokens
         self.max_overtakes = max_overtakes
+        self.max_mixed_tokens = max_batch_tokens if max_mixed_tokens is None else max_mixed_tokens
+        self.prefix_cache = prefix_cache
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by admission
         self.preemptions = 0
+        self.reused_tokens = 0
         # Within a step no slot comes free: adapters of this rank or more that are not resident need not ask again.
         self._scarce_rank = sys.maxsize
 
@@ -80,11 +93,15 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; without rows when there is nothing to do."""
+        for sequence in self.running:
+            self._publish(sequence)
         # Rows without an adapter last: the LoRA kernels are launched for the others alone. Rows of one adapter side by
         # side: what one has read of its weights is in the L2 when the next wants it.
         decode = sorted(self._decode_rows(), key=lambda row: row.sequence.lora_index, reverse=True)
         prefill: list[PlannedRow] = []
         budget = self.max_batch_tokens - len(decode)
+        if decode:  # a step is as slow for them as its prefill is long
+            budget = min(budget, self.max_mixed_tokens)
         for sequence in self.running:
             if not sequence.decoding:
                 budget -= self._add_chunk(prefill, sequence, budget)
@@ -136,10 +153,13 @@ class Scheduler:
             if not self._take_slot(sequence, passed):
                 passed.append(sequence)
                 continue
+            self._reuse(sequence)
             if not self.pages.extend(sequence.pages, len(sequence.tokens)):
+                self._forget_pages(sequence)
                 return
             self.waiting.remove(sequence)
             self.running.append(sequence)
+            self.reused_tokens += sequence.computed
             for earlier in passed:
                 earlier.overtaken += 1
             budget -= self._add_chunk(rows, sequence, budget)
@@ -202,9 +222,34 @@ class Scheduler:
         self._give_up(sequence)
         self.add(sequence)
 
-    def _give_up(self, sequence: Sequence) -> None:
+    def _reuse(self, sequence: Sequence) -> None:
+        """Give it the pages that hold what its tokens begin with. Two tokens are left to compute at least: one alone
+        would look like a row that decodes."""
+        if self.prefix_cache:
+            size = self.pages.page_size
+            most = max(len(sequence.tokens) - 2, 0) // size
+            extend_keys(sequence.page_keys, sequence.digest, sequence.tokens, most, size)
+            sequence.pages = self.pages.share(sequence.page_keys[:most])
+            sequence.computed = len(sequence.pages) * size
+            sequence.published = len(sequence.pages)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let others use its pages that are full of known tokens, computed or launched to be."""
+        size = self.pages.page_size
+        full = min(sequence.computed, sequence.known) // size if self.prefix_cache else 0
+        if full > sequence.published:
+            extend_keys(sequence.page_keys, sequence.digest, sequence.tokens, full, size)
+            for page in range(sequence.published, full):
+                self.pages.publish(sequence.pages[page], sequence.page_keys[page])
+            sequence.published = full
+
+    def _forget_pages(self, sequence: Sequence) -> None:
         self.pages.free(sequence.pages)
-        sequence.computed = 0
+        sequence.computed = sequence.published = 0
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self._publish(sequence)
+        self._forget_pages(sequence)
         if sequence.slot is not None and self.slots is not None:
             self.slots.release(sequence.slot)
             sequence.slot = None

@@ -26,6 +26,7 @@ class Sequence:
     tokens: prompt, then what was generated, with PENDING at the end for what is drawn but not read. known: how many of
     them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
+    page_keys: names of what its first full pages hold, see ``prefix_keys``; published: how many the page pool knows.
     overtaken: admissions of later arrivals while this one had no slot to go to. draining: the digest that its
     starvation keeps from being admitted again, so that a slot comes free.
     """
@@ -42,6 +43,8 @@ class Sequence:
     awaited: int = -1
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
+    published: int = 0
     slot: Slot | None = None
     overtaken: int = 0
     draining: str | None = None

@@ -24,6 +24,8 @@ class EngineSettings:
     from ``max_rows`` full contexts, at most 1 GiB.
     kv_memory_fraction: share of the GPU memory left after weights, slots and one full step that KV may take.
     max_rows: most requests in one step. max_batch_tokens: most tokens in one step (prefill chunk budget).
+    max_mixed_tokens: most prefill tokens in a step in which other rows decode, and wait for it.
+    prefix_cache: requests of one adapter whose tokens begin alike compute the common part once.
     max_waiting: requests beyond ``max_rows`` that may queue; one more raises EngineOverloaded.
     slots: adapter slots as ``{rank: count}`` (a mapping or pairs), each holding one adapter up to that rank.
     store: where adapters come from and how many bytes of them stay in host memory.
@@ -49,6 +51,8 @@ class EngineSettings:
     kv_memory_fraction: float = 0.9
     max_rows: int = 64
     max_batch_tokens: int = 2048
+    max_mixed_tokens: int = 512
+    prefix_cache: bool = True
     max_waiting: int = 256
     slots: tuple[tuple[int, int], ...] = ((16, 32), (64, 4))
     store: StoreSettings = field(default_factory=StoreSettings)
@@ -69,7 +73,14 @@ class EngineSettings:
             raise ValueError(f"slots is {self.slots!r}: write ranks and counts, such as {{16: 32, 64: 4}}") from error
         object.__setattr__(self, "slots", slots)
         ranks = [rank for rank, _ in slots]
-        at_least_one = ("page_size", "max_rows", "max_batch_tokens", "load_threads", "download_threads")
+        at_least_one = (
+            "page_size",
+            "max_rows",
+            "max_batch_tokens",
+            "max_mixed_tokens",
+            "load_threads",
+            "download_threads",
+        )
         optional = ("max_model_len", "num_pages", "cpu_threads")
         checks: list[tuple[str, bool, str]] = [
             ("model", bool(self.model), "the path of a model directory"),

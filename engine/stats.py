@@ -11,7 +11,7 @@ class EngineStats:
 
     resident and host_cached: adapter digests in slots and in host memory. slots_in_use: slots that requests refer to.
     residency_version grows whenever ``resident`` changes. last_step_seconds: wall time of the last step, 0 before
-    the first.
+    the first. reused_tokens: tokens that were not computed because pages held their keys and values already.
     """
 
     healthy: bool
@@ -28,6 +28,7 @@ class EngineStats:
     slot_misses: int
     slot_evictions: int
     preemptions: int
+    reused_tokens: int
     prompt_tokens: int
     generated_tokens: int
     steps: int

@@ -46,6 +46,8 @@ class StepLoop:
             max_rows=settings.max_rows,
             max_batch_tokens=settings.max_batch_tokens,
             max_overtakes=settings.max_overtakes,
+            max_mixed_tokens=settings.max_mixed_tokens,
+            prefix_cache=settings.prefix_cache,
         )
         self._loads: AdapterLoads | None = None
         if parts.store is not None and parts.slots is not None:
@@ -129,6 +131,7 @@ class StepLoop:
             slot_misses=0 if slots is None else slots.misses,
             slot_evictions=0 if slots is None else slots.evictions,
             preemptions=scheduler.preemptions,
+            reused_tokens=scheduler.reused_tokens,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             steps=self._steps,

@@ -31,10 +31,16 @@ class Line:
         rows: int = 8,
         tokens: int = 64,
         overtakes: int = 4,
+        mixed: int | None = None,
     ) -> None:
         self.pool = SlotPool(LAYOUT, slots or {4: 2}, torch.float32, "cpu")
         self.scheduler = Scheduler(
-            PagePool(pages, page_size), self.pool, max_rows=rows, max_batch_tokens=tokens, max_overtakes=overtakes
+            PagePool(pages, page_size),
+            self.pool,
+            max_rows=rows,
+            max_batch_tokens=tokens,
+            max_overtakes=overtakes,
+            max_mixed_tokens=mixed,
         )
         self.tokens_budget, self.rows = tokens, rows
         self.arrivals = 0

@@ -113,11 +113,15 @@ async def test_law_3_a_seeded_draw_depends_on_seed_position_and_logits_alone(
     assert alone[4].token_ids != greedy.tokens, "temperature 1.3 drew nothing but the likeliest tokens"
 
 
-async def test_law_4_poisoned_pages_and_slots_reach_no_output(model: TinyModel, adapters: list[TinyAdapter]) -> None:
+@pytest.mark.parametrize("prefix_cache", [False, True])
+async def test_law_4_poisoned_pages_and_slots_reach_no_output(
+    model: TinyModel, adapters: list[TinyAdapter], prefix_cache: bool
+) -> None:
     requests = traffic(adapters, logprobs=0)
     async with running(settings_for(model, adapters, slots={16: 8})) as engine:
         want = await answers(engine, requests)
-    poisoned = settings_for(model, adapters, slots={4: 1, 16: 2}, num_pages=20, poison=True)
+    values = {"slots": {4: 1, 16: 2}, "num_pages": 20, "poison": True, "prefix_cache": prefix_cache}
+    poisoned = settings_for(model, adapters, **values)
     async with running(poisoned) as engine:
         parts = engine.parts
         assert torch.isnan(parts.runner.kv.keys[0]).all(), "fresh pages are not poisoned"
@@ -125,7 +129,8 @@ async def test_law_4_poisoned_pages_and_slots_reach_no_output(model: TinyModel, 
             for chunk, reference in zip(await answers(engine, requests), want, strict=True):
                 close_to(chunk, reference)
         assert engine.stats().free_pages == 20
-        assert torch.isnan(parts.runner.kv.keys[0]).all(), "freed pages are not poisoned"
+        pages = torch.isnan(parts.runner.kv.keys[0]).flatten(1).all(1)
+        assert pages.all() == (not prefix_cache), "only pages kept for their content are not poisoned"
 
 
 def spoil(adapter: TinyAdapter, folder: Path, value: float) -> Path:

@@ -27,6 +27,20 @@ def test_decode_rows_come_first_and_prefill_takes_the_rest() -> None:
     line.run()
 
 
+def test_prefill_beside_decoding_rows_is_bounded() -> None:
+    line = Line(tokens=64, mixed=4)
+    line.add("a", prompt=30)
+    line.add("b", prompt=30)
+    line.step()
+    assert line.steps[0] == [("a", 0, 30), ("b", 0, 30)], "nobody decodes yet"
+    line.add("c", prompt=10)
+    for start, end in ((0, 4), (4, 8), (8, 10)):
+        line.step()
+        assert line.steps[-1][2:] == [("c", start, end)]
+        assert [name for name, _, _ in line.steps[-1][:2]] == ["a", "b"]
+    line.run()
+
+
 def test_rows_are_limited_and_served_in_order_of_arrival() -> None:
     line = Line(rows=2)
     for name in "abcd":
