@@ -1,157 +1,117 @@
 """Steady-state decode step of one engine, with every row on its own adapter, beside the time the bytes alone take.
 
-    python -m benchmarks.decode --shape llama-3-8b --batch 1,8,32,64 --adapters 8 --rank 16 --dist distinct,base
+    python -m benchmarks.decode --shape llama-3-8b --batch 1,8,32,64,128 --adapters 64 --rank 16 --dist distinct,base
+    python -m benchmarks.decode --json decode.json --plot decode.png --rival other-engine.json
+    python -m benchmarks.decode --arrivals --long-prompt 8192 --rows 24
+    python -m benchmarks.decode --shape tiny --batch 1,4 --adapters 4 --tokens 32          # a look on a CPU
 
-Weights are random, adapters are real PEFT folders written first. A row's steps are timed where all rows decode: from
-the last first token to the first finish.
+Weights are random, adapters are real PEFT folders written first, prompts are random and no two alike.
+
+Batches: all requests of a batch are sent at once. Steps are timed where all rows decode, from the last first token to
+the first finish. floor_ms is the time to read the weights and the adapters in use once, at the bandwidth of a copy on
+this device (keys and values not counted); lora_ms is what the median step takes over that of the base model in the same
+batch, where ``base`` is one of the distributions.
+
+Arrivals, instead of batches: ``--rows`` rows decode, each on an adapter of its own. With ``--arrivals`` a request of
+``--prompt`` tokens arrives every eighth step on an adapter that is in its slot; with ``--long-prompt N`` one of N
+tokens arrives, three times in turn. itl_ms is what the running rows wait between tokens from the first arrival on (a
+long prompt: from its sending to its first token), quiet_itl_ms the same before anything arrived; ttft_ms is the
+arrivals'.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
-import random
-import statistics
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from adapter_store.settings import StoreSettings
-from benchmarks.distributions import DISTRIBUTIONS, choose_adapters
+from benchmarks.decode_arrivals import RUNNING_TOKENS, DecodeArrivals
+from benchmarks.decode_batches import DecodeBatches
+from benchmarks.distributions import DISTRIBUTIONS
+from benchmarks.random_engine import random_engine
 from benchmarks.report import Report, Row, device_name
-from benchmarks.synthetic import SHAPES, write_model_config, write_random_adapter
-from benchmarks.timing import copy_bandwidth
-from engine.engine import Engine
-from engine.lora_targets import adapter_layout
-from engine.request import GenerationRequest, SamplingParams
-from engine.settings import EngineSettings
-from engine.spec import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """When one request was sent and when each of its tokens arrived, in seconds."""
-
-    sent: float
-    tokens: tuple[float, ...]
-
-
-async def _timeline(engine: Engine, request: GenerationRequest) -> Timeline:
-    sent = time.perf_counter()
-    times: list[float] = []
-    async for chunk in engine.generate(request):
-        times += [time.perf_counter()] * (chunk.completion_tokens - len(times))
-    return Timeline(sent, tuple(times))
-
-
-async def measure(engine: Engine, adapters: list[str | None], prompt: int, tokens: int, vocab: int) -> list[Timeline]:
-    """Run one batch of equal requests at once."""
-    rng = random.Random(0)
-    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    requests = [
-        GenerationRequest(f"row-{row}", tuple(rng.randrange(1000, vocab - 1000) for _ in range(prompt)), sampling, name)
-        for row, name in enumerate(adapters)
-    ]
-    return list(await asyncio.gather(*(_timeline(engine, request) for request in requests)))
-
-
-def summarize(lines: list[Timeline]) -> Row:
-    """Step percentiles in the window where every row decodes, tokens a second there, and time to first token."""
-    start = max(line.tokens[0] for line in lines)
-    end = min(line.tokens[-1] for line in lines)
-    steps = sorted(
-        (later - earlier) * 1e3
-        for line in lines
-        for earlier, later in zip(line.tokens, line.tokens[1:], strict=False)
-        if earlier >= start and later <= end
-    )
-    produced = sum(start < moment <= end for line in lines for moment in line.tokens)
-    first = sorted((line.tokens[0] - line.sent) * 1e3 for line in lines)
-    return {
-        "step_ms_p50": statistics.median(steps),
-        "step_ms_p99": steps[math.ceil(0.99 * len(steps)) - 1],
-        "tok_s": produced / (end - start),
-        "ttft_ms_p50": statistics.median(first),
-    }
-
-
-def weight_bytes(spec: ModelSpec, element: int) -> int:
-    """Bytes of base weights that one decode step reads: all layers and the output head, not the embedding table."""
-    layout = adapter_layout(spec)
-    linear = sum(module.in_features * module.out_features for group in layout.groups for module in group.modules)
-    return element * (spec.num_layers * linear + spec.vocab_size * spec.hidden_size)
+from benchmarks.synthetic import SHAPES
 
 
 async def run(arguments: argparse.Namespace, folder: Path) -> Report:
-    """Build the engine once and measure every batch and distribution."""
-    model = write_model_config(folder / "model", arguments.shape)
-    spec = ModelSpec.from_dir(model)
-    layout = adapter_layout(spec)
-    names = [f"adapter-{number:03d}" for number in range(arguments.adapters)]
-    for number, name in enumerate(names):
-        write_random_adapter(folder / "adapters" / name, layout, arguments.rank, number)
-    batches = [int(text) for text in arguments.batch.split(",")]
-    settings = EngineSettings(
-        model=str(model),
-        max_model_len=arguments.prompt + arguments.tokens + 16,
-        max_rows=max(batches),
-        max_batch_tokens=max(8192, *batches),
-        slots=((arguments.rank, len(names)),),
-        store=StoreSettings(root=folder, folders=("adapters",), host_cache_bytes=64 << 30),
-        load_random_weights=True,
-        seed=0,
-    )
-    engine = Engine(settings)
-    started = time.perf_counter()
-    await engine.start()
-    start_s = time.perf_counter() - started
+    """Build the engine once and measure everything asked for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    element = 2 if device.type == "cuda" else 4
-    bandwidth = copy_bandwidth(device)
-    adapter_bytes = arguments.rank * layout.units * element
-    rng = random.Random(0)
+    arrivals = arguments.arrivals or arguments.long_prompt
+    settings: dict[str, Any] = {}
+    if arrivals:
+        longest = max(arguments.prompt + RUNNING_TOKENS, (arguments.long_prompt or 0) + 1)
+        settings["max_rows"] = arguments.rows + 8
+    else:
+        longest = arguments.prompt + arguments.tokens
+        settings["max_rows"] = max(arguments.batch)
+        settings["max_batch_tokens"] = max(8192, *arguments.batch)
+    if arguments.batch_tokens:
+        settings["max_batch_tokens"] = arguments.batch_tokens
     rows: list[Row] = []
-    try:
-        await measure(engine, list(names), 16, 4, spec.vocab_size)
-        for distribution in arguments.dist.split(","):
-            for batch in batches:
-                numbers = choose_adapters(distribution, batch, len(names), rng)
-                chosen = [None if number < 0 else names[number] for number in numbers]
-                await measure(engine, chosen, arguments.prompt, 8, spec.vocab_size)
-                lines = await measure(engine, chosen, arguments.prompt, arguments.tokens, spec.vocab_size)
-                used = len({name for name in chosen if name is not None})
-                floor = (weight_bytes(spec, element) + used * adapter_bytes) / bandwidth * 1e3
-                rows.append(
-                    {"mode": distribution, "batch": batch, "rank": arguments.rank, "adapters": used}
-                    | summarize(lines)
-                    | {"floor_ms": floor, "start_s": start_s, "copy_tb_s": bandwidth / 1e12}
-                )
-                print(rows[-1], flush=True)
-    finally:
-        await engine.close()
+    async with random_engine(
+        folder, arguments.shape, arguments.adapters, arguments.rank, max_model_len=longest + 16, **settings
+    ) as made:
+        if not arrivals:
+            batches = DecodeBatches(arguments.dist, arguments.batch, arguments.rank, arguments.prompt, arguments.tokens)
+            rows += await batches.measure(made, device)
+        measured = DecodeArrivals(arguments.rows, arguments.rank, arguments.prompt)
+        if arguments.arrivals:
+            rows.append(await measured.short(made, arguments.arrivals))
+        if arguments.long_prompt:
+            rows.append(await measured.long(made, arguments.long_prompt))
     return Report("decode", device_name(device), rows)
 
 
 def main() -> None:
-    """Parse the command line, measure, print and write."""
+    """Parse the command line, measure, print, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
-    parser.add_argument("--batch", default="1,8,32,64", help="batch sizes, comma separated")
-    parser.add_argument("--adapters", type=int, default=8, help="adapters to make; a larger batch shares them")
+    parser.add_argument("--batch", type=_numbers, default="1,8,32,64,128", help="batch sizes, comma separated")
+    parser.add_argument("--adapters", type=int, default=64, help="adapters to make; a larger batch shares them")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dist", default="distinct,base", help=f"of {', '.join(DISTRIBUTIONS)}, comma separated")
+    parser.add_argument(
+        "--dist", type=_distributions, default="distinct,base", help=f"of {', '.join(DISTRIBUTIONS)}, comma separated"
+    )
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="the engine's max_batch_tokens (default: its own; with batches 8192 or more)"
+    )
+    parser.add_argument(
+        "--arrivals", type=int, nargs="?", const=32, metavar="COUNT", help="short prompts that arrive (default 32)"
+    )
+    parser.add_argument("--long-prompt", type=int, metavar="TOKENS", help="a prompt of that many tokens arrives")
+    parser.add_argument("--rows", type=int, default=24, help="rows that decode while others arrive")
     parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--plot", type=Path, help="also draw the batches here (PNG)")
+    parser.add_argument("--rival", type=Path, action="append", default=[], help="rows of another engine for the plot")
     arguments = parser.parse_args()
-    if unknown := set(arguments.dist.split(",")) - set(DISTRIBUTIONS):
-        parser.error(f"--dist {', '.join(sorted(unknown))}: choose from {', '.join(DISTRIBUTIONS)}")
+    if arguments.rival and not arguments.plot:
+        parser.error("--rival is for the plot: say where with --plot FILE.png")
+    if arguments.plot and (arguments.arrivals or arguments.long_prompt):
+        parser.error("--plot draws batches, and with --arrivals or --long-prompt none are measured")
     with tempfile.TemporaryDirectory(prefix="lorafleet-decode-") as folder:
-        asyncio.run(run(arguments, Path(folder))).write(arguments.json)
+        report = asyncio.run(run(arguments, Path(folder)))
+    report.write(arguments.json)
+    if arguments.plot:
+        from benchmarks import plot  # noqa: PLC0415 (matplotlib is an extra)
+
+        plot.save(report.to_dict(), arguments.plot, arguments.rival)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _distributions(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := sorted(set(chosen) - set(DISTRIBUTIONS)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(DISTRIBUTIONS)}")
+    return chosen
 
 
 if __name__ == "__main__":

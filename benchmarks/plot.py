@@ -1,6 +1,10 @@
-"""Draws the result file of ``benchmarks.kernels``: times over the bytes that must move, and a roofline.
+"""Draws a result file of ``benchmarks.kernels``, ``benchmarks.decode`` or ``benchmarks.serving``, whichever it is.
 
-python -m benchmarks.plot benchmarks/results/kernels-h100.json          # writes kernels-h100.png beside it
+    python -m benchmarks.plot benchmarks/results/kernels-h100.json          # writes kernels-h100.png beside it
+    python -m benchmarks.plot decode.json --rival other.json --out decode.png
+
+A rival's file has the form of ours: ``rows`` with ``mode``, ``batch`` and ``tok_s``; its ``name`` is what the plot
+calls it (the file's name without one).
 """
 
 from __future__ import annotations
@@ -8,135 +12,64 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Row = dict[str, Any]
+from benchmarks.picture import DPI
+from benchmarks.plot_decode import DecodeResults
+from benchmarks.plot_kernels import KernelResults
+from benchmarks.plot_serving import ServingResults
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Kernels that share a mark. starts: how their names begin. Colours: Okabe and Ito's, told apart by most eyes."""
+def draw(content: dict[str, Any], rivals: Sequence[Path] = ()) -> Figure:
+    """The figure of one result file's content.
 
-    label: str
-    starts: tuple[str, ...]
-    color: str
-    marker: str
-
-
-FAMILIES = (
-    Family("LoRA A, decode", ("bgmv_shrink",), "#0072B2", "o"),
-    Family("LoRA B, decode", ("bgmv_expand",), "#D55E00", "s"),
-    Family("LoRA, prefill", ("sgmv",), "#009E73", "^"),
-    Family("attention, decode", ("paged_decode",), "#CC79A7", "D"),
-    Family("attention, prefill", ("paged_prefill",), "#E69F00", "v"),
-    Family("norm, rope, silu", ("residual_rms_norm", "rope_write_kv", "silu_mul"), "#56B4E9", "P"),
-    Family("sampling", ("sample",), "#000000", "X"),
-    Family("all LoRA of a step", ("lora_step",), "#8A6D00", "*"),
-)
-
-
-class KernelResults:
-    """A result file of ``benchmarks.kernels``, ready to draw.
-
-    Raises ValueError for a file of another benchmark.
+    Raises ValueError for the file of a benchmark that has no plot, for rivals where they cannot be drawn, and OSError
+    for a rival's file that cannot be read.
     """
+    kind = content.get("benchmark")
+    if kind == "decode":
+        return DecodeResults(content, dict(map(_rival, rivals))).draw()
+    if rivals:
+        raise ValueError(f"rivals are drawn beside a result of benchmarks.decode, and this is one of {kind!r}")
+    match kind:
+        case "kernels":
+            return KernelResults(content).draw()
+        case "serving":
+            return ServingResults(content).draw()
+        case _:
+            raise ValueError(f"its benchmark is {kind!r}: only results of kernels, decode and serving have a plot")
 
-    def __init__(self, content: dict[str, Any]) -> None:
-        rows: list[Row] = content.get("rows", [])
-        ceilings = {row["kernel"]: row for row in rows if row.get("kernel") in ("copy", "matmul", "empty")}
-        if content.get("benchmark") != "kernels" or "copy" not in ceilings or "matmul" not in ceilings:
-            raise ValueError("not a result of benchmarks.kernels: its rows must include copy and matmul")
-        self.title = f"{content['device']} · {content['date']}"
-        self.steps = [row for row in rows if row["kernel"] == "lora_step"]
-        self.rows = [row for row in rows if row.get("bytes") and row.get("floor_us") and row["us"] > 0]
-        self.bandwidth = ceilings["copy"]["bytes"] / ceilings["copy"]["us"]  # bytes a microsecond
-        self.matmul = ceilings["matmul"]["flops"] / ceilings["matmul"]["us"]
 
-    def draw(self) -> Figure:
-        """The figure: time over bytes; the roofline; and, where a step was measured, what LoRA adds to it."""
-        decode = self.steps
-        with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-            figure = Figure(figsize=(18 if decode else 12, 6.5), layout="constrained")
-            axes: Sequence[Axes] = figure.subplots(1, 3 if decode else 2)
-            self._times(axes[0])
-            self._roofline(axes[1])
-            if decode:
-                self._steps(axes[2], decode)
-            figure.suptitle(f"LoRAFleet kernels, {self.title}")
-        return figure
+def save(content: dict[str, Any], out: Path, rivals: Sequence[Path] = ()) -> None:
+    """Write the figure as a PNG. Raises as ``draw`` does."""
+    figure = draw(content, rivals)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=DPI)
+    print(out)
 
-    def _times(self, axes: Axes) -> None:
-        drawn = [self._scatter(axes, family, lambda row: (row["bytes"], row["us"])) for family in FAMILIES]
-        if any(drawn):
-            low, high = (reduce([row["bytes"] for row in self.rows]) for reduce in (min, max))
-            span = np.geomspace(low, high, 200)
-            floor = span / self.bandwidth
-            axes.plot(span, floor, color="#555555", label=f"copy, {self.bandwidth / 1e6:.2f} TB/s")
-            axes.plot(span, 1.9 + 1.05 * floor, color="#555555", linestyle="--", label="1.9 µs + 1.05 × copy")
-            shortest, longest = (reduce([row["us"] for row in self.rows]) for reduce in (min, max))
-            axes.set_ylim(shortest / 2, longest * 2)
-        axes.set(xscale="log", yscale="log", xlabel="bytes that must move", ylabel="µs", title="Time over bytes")
-        axes.legend(frameon=False)
 
-    def _roofline(self, axes: Axes) -> None:
-        work = [row for row in self.rows if row.get("flops")]
-        for family in FAMILIES:
-            self._scatter(axes, family, lambda row: (row["flops"] / row["bytes"], row["flops"] / row["us"] / 1e6), work)
-        intensity = [row["flops"] / row["bytes"] for row in work] or [1.0]
-        span = np.geomspace(min(intensity) / 2, max(*intensity, 2 * self.matmul / self.bandwidth), 200)
-        roof = np.minimum(span * self.bandwidth, self.matmul) / 1e6
-        axes.plot(span, roof, color="#555555", label=f"copy and matmul, {self.matmul / 1e6:.0f} TFLOP/s")
-        axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s", title="Roofline")
-        axes.legend(frameon=False, loc="lower right")
-
-    def _steps(self, axes: Axes, decode: list[Row]) -> None:
-        batches = sorted({row["batch"] for row in decode})
-        dists = list(dict.fromkeys(row["dist"] for row in decode))
-        width = 0.8 / len(dists)
-        for number, dist in enumerate(dists):
-            mine = {row["batch"]: row for row in decode if row["dist"] == dist}
-            places = [batches.index(batch) + (number - (len(dists) - 1) / 2) * width for batch in mine]
-            axes.bar(
-                places, [row["added_ms"] for row in mine.values()], width, label=dist, color=FAMILIES[number].color
-            )
-            for place, row in zip(places, mine.values(), strict=True):
-                for value, style in ((row["floor_us"], "-"), (row["limit_us"], ":")):
-                    if value:
-                        axes.plot([place - width / 2, place + width / 2], [value / 1e3] * 2, style, color="black")
-        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-        axes.set(xlabel="batch", ylabel="ms added", title="LoRA in a decode step (— adapter bytes, ··· limit)")
-        axes.legend(frameon=False)
-
-    def _scatter(self, axes: Axes, family: Family, point: Any, rows: list[Row] | None = None) -> bool:
-        mine = [row for row in (self.rows if rows is None else rows) if row["kernel"].startswith(family.starts)]
-        if mine:
-            x, y = zip(*(point(row) for row in mine), strict=True)
-            size = 90 if family.marker == "*" else 26
-            style = {"marker": family.marker, "alpha": 0.85, "edgecolors": "white", "linewidths": 0.5}
-            axes.scatter(x, y, size, family.color, label=family.label, **style)  # the rim parts marks that overlap
-        return bool(mine)
+def _rival(file: Path) -> tuple[str, list[dict[str, Any]]]:
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise ValueError(f'{file} has no list of "rows": write it in the form of benchmarks.decode\'s JSON')
+    return content.get("name") or file.stem, content["rows"]
 
 
 def main() -> None:
     """Parse the command line and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="JSON that benchmarks.kernels wrote")
+    parser.add_argument("result", type=Path, help="JSON that a benchmark wrote")
+    parser.add_argument("--rival", type=Path, action="append", default=[], help="JSON of another engine's decode rows")
     parser.add_argument("--out", type=Path, help="PNG to write (default: beside the JSON)")
     arguments = parser.parse_args()
-    out = arguments.out or arguments.result.with_suffix(".png")
     try:
-        results = KernelResults(json.loads(arguments.result.read_text()))
-    except ValueError as error:
+        content = json.loads(arguments.result.read_text())
+        save(content, arguments.out or arguments.result.with_suffix(".png"), arguments.rival)
+    except (OSError, ValueError) as error:
         parser.error(f"{arguments.result}: {error}")
-    results.draw().savefig(out, dpi=130)
-    print(out)
 
 
 if __name__ == "__main__":

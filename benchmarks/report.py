@@ -81,11 +81,15 @@ class Report:
 
 
 def _measured_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments that shape the result: all but where it is written."""
-    kept = list(arguments)
-    while "--json" in kept:
-        position = kept.index("--json")
-        del kept[position : position + 2]
+    """The arguments that shape the result: all but where it is written and drawn."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name not in ("--json", "--plot"):
+            kept.append(argument)
+        elif not value:
+            next(rest, None)
     return kept
 
 

@@ -70,10 +70,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model_config(folder: Path, shape: str) -> Path:
-    """Write ``config.json`` of a known shape (weights are drawn by the engine) and return the folder."""
+def write_model_config(folder: Path, shape: str, positions: int = 0) -> Path:
+    """Write ``config.json`` of a known shape (weights are drawn by the engine) and return the folder.
+
+    positions: the longest context, where the shape's own is shorter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=1))
+    own = SHAPES[shape]
+    config = own | {"max_position_embeddings": max(positions, own["max_position_embeddings"])}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks import kernels, plot
 from benchmarks.kernel_setting import KernelSetting
 from benchmarks.lora_work import AdapterRows, group_work, segment_work, stacked_work
-from benchmarks.plot import KernelResults
+from benchmarks.plot_kernels import FAMILIES, KernelResults
 from benchmarks.rivals import Rival
 from kernels.lora_group import LoraGroup
 
@@ -98,7 +98,7 @@ def test_the_plot_is_drawn_from_the_file(
     assert len(picture) > 20_000
     times, roofline, steps = KernelResults(result).draw().axes
     labels = {text.get_text() for text in times.get_legend().get_texts()}  # pyright: ignore[reportOptionalMemberAccess]
-    assert {family.label for family in plot.FAMILIES} < labels
+    assert {family.label for family in FAMILIES} < labels
     assert roofline.get_title() == "Roofline"
     assert len(steps.patches) == 8, "a bar for each distribution and batch"
     with pytest.raises(ValueError, match=r"not a result of benchmarks\.kernels"):
