@@ -68,23 +68,55 @@ def step_inputs(
     return inputs, sampling
 
 
-def decode_arrays(
-    rows: Sequence[PlannedRow], padded_rows: int, max_pages: int, page_size: int
-) -> dict[str, np.ndarray]:
-    """Inputs of a decode step, padded to ``padded_rows`` rows and page tables of ``max_pages``; all rows draw a token.
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step is padded to: decode rows, then prefill chunks with so many tokens together."""
+
+    decode_rows: int
+    prefill_rows: int
+    prefill_tokens: int
+
+    @property
+    def rows(self) -> int:
+        return self.decode_rows + self.prefill_rows
+
+    def places(self, plan: StepPlan) -> list[int]:
+        """The row of the padded step that each row of ``plan`` becomes."""
+        prompts = len(plan.rows) - plan.num_decode
+        return [*range(plan.num_decode), *range(self.decode_rows, self.decode_rows + prompts)]
+
+
+_PADDING = {"kv_slots": -1, "lora_indices": -1, "awaited": -1, "top_p": 1}  # others are padded with 0
+_OF_TOKENS = frozenset({"token_ids", "awaited", "positions", "kv_slots"})
+
+
+def padded_arrays(plan: StepPlan, shape: StepShape, max_pages: int, page_size: int) -> dict[str, np.ndarray]:
+    """Inputs of ``plan`` padded to ``shape`` and to page tables of ``max_pages``; a token is drawn for every row.
 
     Named as the fields of StepInputs and SamplingInputs; ``awaited`` is for :func:`with_drawn`.
     """
-    padding = padded_rows - len(rows)
-    arrays = _step_arrays(rows, page_size, max_pages) | _sampling_arrays(rows)
-    values = {"kv_slots": -1, "lora_indices": -1, "awaited": -1, "top_p": 1}
-    arrays = {
-        name: np.concatenate([array, np.full((padding, *array.shape[1:]), values.get(name, 0), array.dtype)])
-        for name, array in arrays.items()
-    }
-    arrays["query_starts"] = np.arange(padded_rows + 1, dtype=np.int32)
-    arrays["logit_tokens"] = np.arange(padded_rows, dtype=np.int64)
+    parts = []
+    for rows in (plan.rows[: plan.num_decode], plan.rows[plan.num_decode :]):
+        parts.append(_step_arrays(rows, page_size, max_pages) | _sampling_arrays(rows))
+    decode, prefill = parts
+    starts = shape.decode_rows + prefill["query_starts"]  # of the chunks, and where the last one ends
+    ends = np.full(shape.prefill_rows - len(starts) + 1, starts[-1], dtype=np.int32)
+    own = {"query_starts", "logit_tokens"}
+    arrays: dict[str, np.ndarray] = {}
+    for name in decode.keys() - own:
+        more = shape.prefill_tokens if name in _OF_TOKENS else shape.prefill_rows
+        arrays[name] = np.concatenate(
+            [_padded(name, decode[name], shape.decode_rows), _padded(name, prefill[name], more)]
+        )
+    arrays["query_starts"] = np.concatenate([np.arange(shape.decode_rows, dtype=np.int32), starts, ends])
+    last = np.maximum(arrays["query_starts"][1:] - 1, 0).astype(np.int64)
+    arrays["logit_tokens"] = last
     return arrays
+
+
+def _padded(name: str, array: np.ndarray, count: int) -> np.ndarray:
+    beyond = np.full((count - array.shape[0], *array.shape[1:]), _PADDING.get(name, 0), array.dtype)
+    return np.concatenate([array, beyond])
 
 
 def with_drawn(token_ids: Tensor, awaited: Tensor, drawn: Tensor) -> Tensor:

@@ -29,14 +29,15 @@ class Flight:
     """The draws of one step. Made right after its launch, before the next one's; may be read long after."""
 
     def __init__(self, rows: Sequence[PlannedRow], drawn: Drawn) -> None:
-        """rows: those that draw a token, in the order of ``drawn``. Nothing waits for the device."""
-        self.rows = rows
+        """rows: those that draw a token, in the order of ``drawn.places``. Nothing waits for the device."""
+        self.rows, self._places = rows, drawn.places
         asked = [row.sequence.request.sampling.logprobs for row in rows]
         self._wanted = {index: count for index, count in enumerate(asked) if count is not None}
         self._tokens = _to_host(torch.where(drawn.logprobs.isnan(), -1, drawn.ids))
         self._logprobs: tuple[Tensor, ...] = ()
         if self._wanted:
-            index = torch.tensor(list(self._wanted), dtype=torch.int64).to(drawn.ids.device, non_blocking=True)
+            index = torch.tensor([drawn.places[row] for row in self._wanted], dtype=torch.int64)
+            index = index.to(drawn.ids.device, non_blocking=True)
             logits, ids = drawn.logits.index_select(0, index), drawn.ids.index_select(0, index)
             self._logprobs = tuple(map(_to_host, log_probs(logits, ids, max(self._wanted.values()))))
         self._done: torch.cuda.Event | None = None
@@ -55,9 +56,10 @@ class Flight:
                 self._wanted.items(), *(tensor.tolist() for tensor in self._logprobs), strict=True
             ):
                 logprobs[row], tops[row] = value, tuple(zip(ids[:count], values[:count], strict=True))
+        tokens = self._tokens.tolist()
         return [
-            SampledToken(token if token >= 0 else None, logprobs.get(index), tops.get(index, ()))
-            for index, token in enumerate(self._tokens.tolist())
+            SampledToken(tokens[place] if tokens[place] >= 0 else None, logprobs.get(row), tops.get(row, ()))
+            for row, place in enumerate(self._places)
         ]
 
 

@@ -12,7 +12,6 @@ import torch
 
 from adapter_store.slots import Residency, SlotPool
 from adapter_store.store import AdapterStore
-from engine.decode_graphs import row_buckets
 from engine.kv_pages import PagePool
 from engine.lora_targets import adapter_layout
 from engine.model import DecoderModel
@@ -20,6 +19,7 @@ from engine.rehearsal import rehearse
 from engine.runner import Runner
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
+from engine.step_graphs import step_shapes
 from engine.tokenizer import Tokenizer
 from engine.weights import load_weights, random_weights
 
@@ -66,7 +66,9 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     else:
         load_weights(model, settings.model)
     slots, store = _adapters(settings, spec, dtype, device, on_residency)
-    runner = Runner(model, model.new_kv_cache(1, settings.page_size), slots, settings.max_batch_tokens)
+    runner = Runner(
+        model, model.new_kv_cache(1, settings.page_size), slots, settings.max_batch_tokens + settings.max_rows
+    )
     activation_bytes = graph_bytes = 0
     if device.type == "cuda":
         activation_bytes = _step_bytes(runner, settings, max_model_len)
@@ -199,7 +201,8 @@ def _graph_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) -
 
 
 def _capture(runner: Runner, settings: EngineSettings, max_model_len: int) -> None:
-    runner.capture(row_buckets(settings.max_rows), -(-max_model_len // settings.page_size))
+    shapes = step_shapes(settings.max_rows, settings.graph_prefill_tokens)
+    runner.capture(shapes, -(-max_model_len // settings.page_size))
 
 
 def _size(count: int) -> str:

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 
 from adapter_store.slots import SlotPool
-from engine.batch import step_inputs
-from engine.decode_graphs import DecodeGraphs
+from engine.batch import StepShape, step_inputs
 from engine.flight import Flight
 from engine.model import DecoderModel
 from engine.scheduler import StepPlan
 from engine.step import Drawn, KVCache, LoraState
+from engine.step_graphs import StepGraphs
 from kernels.lora_group import packed_rank
 
 
@@ -22,11 +22,11 @@ class Runner:
     """The model, its KV cache and the adapters' slots. One thread only."""
 
     def __init__(self, model: DecoderModel, kv: KVCache, slots: SlotPool | None, max_rows: int) -> None:
-        """max_rows: most rows that draw a token in one step."""
+        """max_rows: most rows of one step, those that pad it among them."""
         self.model = model
         self.kv = kv
         self.slots = slots
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.lora: LoraState | None = None
         self._drawn = torch.zeros(max_rows, dtype=torch.int64, device=model.device)
         if slots is not None:
@@ -40,23 +40,23 @@ class Runner:
         always_lora: launch the LoRA kernels even when no row has an adapter (to compile them).
         """
         rows = tuple(row for row in plan.rows if row.samples)
-        graphs = self.graphs
-        if graphs is not None and graphs.takes(plan):
-            drawn = graphs.run(plan)
+        shape = None if self.graphs is None else self.graphs.shape_of(plan)
+        if self.graphs is not None and shape is not None:
+            drawn = self.graphs.run(plan, shape)
         else:
             drawn = self._launch(plan, always_lora)
             self._drawn[: len(rows)].copy_(drawn.ids)
         if self.slots is not None:
             self.slots.step_done()
         flight = Flight(rows, drawn)
-        order = {id(row): number for number, row in enumerate(rows)}
+        places = iter(drawn.places)
         for row in plan.rows:
-            row.sequence.launched(row.end, order.get(id(row)))
+            row.sequence.launched(row.end, next(places) if row.samples else None)
         return flight
 
-    def capture(self, buckets: Sequence[int], max_pages: int) -> None:
-        """Decode through graphs from now on. To be called again when ``kv`` is replaced."""
-        self.graphs = DecodeGraphs(self.model, self.kv, self.lora, self._drawn, buckets, max_pages)
+    def capture(self, shapes: Sequence[StepShape], max_pages: int) -> None:
+        """Run steps that fit into ``shapes`` through graphs from now on. To be called again when ``kv`` is replaced."""
+        self.graphs = StepGraphs(self.model, self.kv, self.lora, self._drawn, shapes, max_pages)
 
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN."""
@@ -69,4 +69,4 @@ class Runner:
         if always_lora and self.lora is not None:
             inputs = replace(inputs, num_lora_rows=inputs.num_decode_rows, has_lora=True)
         logits = self.model.forward(inputs, self.kv, self.lora)
-        return Drawn(*sampling.draw(logits), logits)
+        return Drawn(*sampling.draw(logits), logits, range(logits.shape[0]))

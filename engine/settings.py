@@ -33,6 +33,7 @@ class EngineSettings:
     brought here from elsewhere at the same time.
     max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it.
     cuda_graphs: on a GPU, decode steps are captured at the start and replayed, padded to some numbers of rows.
+    graph_prefill_tokens: capture also steps with prompts in them, of up to so many tokens in all.
     cpu_threads: torch threads of the step loop; None leaves torch's choice.
     seed: draws the seeds of requests without one, and the weights of ``load_random_weights``; None is random.
     load_random_weights: benchmark with ``config.json`` alone.
@@ -60,6 +61,7 @@ class EngineSettings:
     download_threads: int = 32
     max_overtakes: int = 64
     cuda_graphs: bool = True
+    graph_prefill_tokens: tuple[int, ...] = ()
     cpu_threads: int | None = None
     seed: int | None = None
     load_random_weights: bool = False
@@ -72,6 +74,7 @@ class EngineSettings:
         except (TypeError, ValueError) as error:
             raise ValueError(f"slots is {self.slots!r}: write ranks and counts, such as {{16: 32, 64: 4}}") from error
         object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "graph_prefill_tokens", tuple(self.graph_prefill_tokens))
         ranks = [rank for rank, _ in slots]
         at_least_one = (
             "page_size",
@@ -90,6 +93,11 @@ class EngineSettings:
             *(
                 (name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more, or unset")
                 for name in optional
+            ),
+            (
+                "graph_prefill_tokens",
+                all(0 < tokens <= self.max_batch_tokens for tokens in self.graph_prefill_tokens),
+                f"numbers between 1 and max_batch_tokens ({self.max_batch_tokens})",
             ),
             ("max_waiting", self.max_waiting >= 0, "0 or more"),
             ("max_overtakes", self.max_overtakes >= 0, "0 or more"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,12 +35,16 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a step drew, for each row whose logits were wanted: ids (O,) int64, their raw log probabilities (O,) fp32,
-    NaN where a row's logits are of no use, and the logits (O, vocab_size). Valid until the next step is launched."""
+    """What a step drew, for each row whose logits were computed: ids (O,) int64, their raw log probabilities (O,) fp32,
+    NaN where a row's logits are of no use, and the logits (O, vocab_size). Valid until the next step is launched.
+
+    places: where in them each row that draws a token is, in the plan's order.
+    """
 
     ids: Tensor
     logprobs: Tensor
     logits: Tensor
+    places: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.slots import Slot
-from engine.batch import decode_arrays, step_inputs, to_device
+from engine.batch import StepShape, padded_arrays, step_inputs, to_device
 from engine.request import GenerationRequest, SamplingParams
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence
@@ -85,23 +85,31 @@ def test_sampling_inputs() -> None:
     assert made.position.tolist() == [3, 5, 6]  # the drawn token comes right after the row's last
 
 
-def test_a_padded_decode_step() -> None:
+def test_a_padded_step() -> None:
     rows = [planned(index, 3 * index, 1, True, index - 1) for index in range(3)]
-    plain, sampling = step_inputs(StepPlan(tuple(rows), 3), PAGE, torch.device("cpu"))
-    padded = decode_arrays(rows, 5, 7, PAGE)
-    assert padded["page_table"].shape == (5, 7)
-    for name in ("token_ids", "positions", "kv_slots", "context_lens", "lora_indices"):
-        assert padded[name][:3].tolist() == getattr(plain, name).tolist()
-    for name in sampling.names():
-        assert padded[name][:3].tolist() == getattr(sampling, name).tolist()
+    prompts = [planned(3, 2, 4, False, 2), planned(4, 0, 3, True, -1)]
+    plan = StepPlan((*rows, *prompts), 3)
+    plain, _ = step_inputs(plan, PAGE, torch.device("cpu"))
+    shape = StepShape(5, 4, 11)
+    padded = padded_arrays(plan, shape, 7, PAGE)
+    assert shape.places(plan) == [0, 1, 2, 5, 6]
+    for name in ("context_lens", "lora_indices"):
+        assert padded[name][shape.places(plan)].tolist() == getattr(plain, name).tolist()
+    for name in ("token_ids", "positions", "kv_slots"):
+        assert [*padded[name][:3], *padded[name][5:12]] == getattr(plain, name).tolist()
     width = plain.page_table.shape[1]
-    assert padded["page_table"][:3, :width].tolist() == plain.page_table.tolist()
-    assert not padded["page_table"][3:].any()
-    assert padded["context_lens"][3:].tolist() == [0, 0]
-    assert padded["kv_slots"][3:].tolist() == padded["lora_indices"][3:].tolist() == [-1, -1]
-    assert padded["temperature"][3:].tolist() == [0, 0], "a padding row takes the shortest way through the sampler"
-    assert padded["query_starts"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert padded["logit_tokens"].tolist() == [0, 1, 2, 3, 4]
+    assert padded["page_table"].shape == (9, 7)
+    assert padded["page_table"][shape.places(plan), :width].tolist() == plain.page_table.tolist()
+    assert padded["query_starts"].tolist() == [0, 1, 2, 3, 4, 5, 9, 12, 12, 12]
+    assert padded["logit_tokens"].tolist()[:7] == [0, 1, 2, 3, 4, 8, 11]
+    assert max(padded["logit_tokens"]) < 16
+    for row in (3, 4, 7, 8):
+        assert padded["context_lens"][row] == 0
+        assert padded["lora_indices"][row] == -1
+        assert padded["temperature"][row] == 0, "a padding row takes the shortest way through the sampler"
+    for token in (3, 4, 12, 13, 14, 15):
+        assert padded["kv_slots"][token] == -1
+    assert padded["seed"][shape.places(plan)].tolist() == [row.sequence.seed for row in plan.rows]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused
 from adapter_store.settings import StoreSettings
 from engine.request import GenerationChunk, GenerationRequest, InvalidRequest
+from engine.step_graphs import step_shapes
 from tests.engine.engines import answer, answers, ask, assert_same, expected, running, settings_for
 from tests.engine.oracle import ATTENTION, MLP, TinyAdapter, TinyModel
 
@@ -91,6 +92,21 @@ async def test_law_2_neighbours_slots_eviction_chunks_and_preemption_change_noth
         stats = engine.stats()
     assert stats.slot_evictions > 4
     assert stats.preemptions > 0
+
+
+async def test_law_1_and_2_hold_in_padded_steps(model: TinyModel, adapters: list[TinyAdapter]) -> None:
+    """Every step padded to one of the shapes that a GPU captures, prompts in chunks of several sizes."""
+    requests = traffic(adapters, logprobs=0)
+    settings = settings_for(model, adapters, max_batch_tokens=40, max_mixed_tokens=7, slots={16: 2}, num_pages=24)
+    async with running(settings) as engine:
+        parts = engine.parts
+        parts.runner.capture(step_shapes(settings.max_rows, (8, 40)), -(-parts.max_model_len // settings.page_size))
+        assert parts.runner.graphs is not None
+        got = await answers(engine, requests)
+        assert engine.stats().slot_evictions > 0
+    for request, chunk in zip(requests, got, strict=True):
+        adapter = by_name(adapters)[request.adapter]
+        assert_same(chunk, expected(model, request.prompt_token_ids, adapter, 8))
 
 
 async def test_law_3_a_seeded_draw_depends_on_seed_position_and_logits_alone(

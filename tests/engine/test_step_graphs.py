@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from adapter_store.slots import Slot
-from engine.decode_graphs import row_buckets
+from engine.batch import StepShape
 from engine.flight import SampledToken
 from engine.request import GenerationRequest, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence
+from engine.step_graphs import row_buckets, step_shapes
 from tests.engine.oracle import TinyAdapter, TinyModel, build_tiny_model
 from tests.engine.served import Served, prompt, serve
 
@@ -37,23 +38,29 @@ def served(request: pytest.FixtureRequest, tiny: TinyModel) -> Served:
 class Rows:
     """Sequences on one runner whose KV cache is NaN until written, decoded with or without graphs."""
 
-    def __init__(self, served: Served, buckets: Many[int] | None) -> None:
+    def __init__(self, served: Served, buckets: Many[int] | None, mixed: Many[StepShape] = ()) -> None:
         self.served = served
-        self.runner = Runner(served.model, served.model.new_kv_cache(PAGES, PAGE), served.pool, 16)
+        self.runner = Runner(served.model, served.model.new_kv_cache(PAGES, PAGE), served.pool, 32)
         self.runner.poison(range(PAGES))
         if buckets is not None:
-            self.runner.capture(buckets, MOST_PAGES)
+            shapes = [StepShape(rows, 0, 0) for rows in buckets]
+            self.runner.capture([*shapes, *mixed], MOST_PAGES)
             self.runner.poison(range(PAGES))  # what padded rows wrote, had they written anything
         self.free = list(range(PAGES))
 
-    def add(self, number: int, length: int, adapter: TinyAdapter | None, sampling: SamplingParams) -> Sequence:
-        """A sequence with its prompt in the cache."""
+    def sequence(self, number: int, length: int, adapter: TinyAdapter | None, sampling: SamplingParams) -> Sequence:
+        """A sequence of which nothing is computed."""
         tokens = tuple(prompt(length, seed=number))
         request = GenerationRequest(f"{number}", tokens, sampling)
         sequence = Sequence(request, number, length + 99, seed=1000 + number)
         index = self.served.slot(adapter)
         sequence.slot = None if index < 0 else Slot(index, 16, 0, 0)
         self.grow(sequence)
+        return sequence
+
+    def add(self, number: int, length: int, adapter: TinyAdapter | None, sampling: SamplingParams) -> Sequence:
+        """A sequence with its prompt in the cache."""
+        sequence = self.sequence(number, length, adapter, sampling)
         (first,) = self.runner.launch(StepPlan((PlannedRow(sequence, 0, length, samples=True),), 0)).read()
         self.take(sequence, first)
         return sequence
@@ -67,12 +74,18 @@ class Rows:
         sequence.read(sampled.token_id)
 
     def decode(self, sequences: Many[Sequence]) -> list[SampledToken]:
-        for sequence in sequences:
+        return self.step(sequences, ())
+
+    def step(self, sequences: Many[Sequence], chunks: Many[tuple[Sequence, int]]) -> list[SampledToken]:
+        """A token of each of ``sequences``, and for (sequence, end) its prompt up to ``end``."""
+        for sequence in (*sequences, *(one for one, _ in chunks)):
             self.grow(sequence)
         rows = [PlannedRow(one, one.computed, len(one.tokens), samples=True) for one in sequences]
         rows.sort(key=lambda row: row.sequence.lora_index, reverse=True)
-        drawn = self.runner.launch(StepPlan(tuple(rows), len(rows))).read()
-        for row, sampled in zip(rows, drawn, strict=True):
+        prompts = [PlannedRow(one, one.computed, end, samples=end == len(one.tokens)) for one, end in chunks]
+        flight = self.runner.launch(StepPlan((*rows, *prompts), len(rows)))
+        drawn = flight.read()
+        for row, sampled in zip(flight.rows, drawn, strict=True):
             self.take(row.sequence, sampled)
         return drawn
 
@@ -156,14 +169,57 @@ def test_an_adapter_that_moves_to_another_slot_is_read_there(served: Served) -> 
 
 
 def test_which_steps_are_taken(served: Served) -> None:
-    rows = Rows(served, [1, 4])
+    rows = Rows(served, [1, 4], [StepShape(0, 8, 16), StepShape(4, 8, 16), StepShape(4, 8, 32)])
     graphs = rows.runner.graphs
     assert graphs is not None
-    sequence = rows.add(0, 5, None, GREEDY)
-    row = PlannedRow(sequence, 5, 6, samples=True)
-    assert graphs.takes(StepPlan((row,) * 4, 4))
-    assert not graphs.takes(StepPlan((row,) * 5, 5)), "more rows than the largest bucket"
-    assert not graphs.takes(StepPlan((row, row), 1)), "a prefill chunk beside a decode row"
+    sequence = rows.add(0, 30, None, GREEDY)
+
+    def shape(decode: int, *chunks: int) -> StepShape | None:
+        prompts = [PlannedRow(sequence, 0, length, samples=False) for length in chunks]
+        return graphs.shape_of(StepPlan((*[PlannedRow(sequence, 30, 31, samples=True)] * decode, *prompts), decode))
+
+    assert shape(1) == StepShape(1, 0, 0)
+    assert shape(2) == shape(4) == StepShape(4, 0, 0)
+    assert shape(5) is None, "more rows than the largest"
+    assert shape(0, 9, 7) == StepShape(0, 8, 16)
+    assert shape(1, 9, 7) == StepShape(4, 8, 16)
+    assert shape(1, 9, 8) == shape(0, 17) == StepShape(4, 8, 32)
+    assert shape(4, 30, 3) is None, "more tokens than the largest"
+    assert shape(0, *[1] * 9) is None, "more prompts than there is room for"
+
+
+def test_steps_with_prompts_draw_what_the_others_draw(served: Served) -> None:
+    """Decoding rows beside chunks that end their prompts and chunks that do not, with and without adapters."""
+    shapes = [StepShape(0, 8, 12), StepShape(6, 8, 12), StepShape(6, 8, 40)]
+    results = []
+    for rows in (Rows(served, None), Rows(served, [6], shapes)):
+        decoding = mixed(rows, 3)
+        long = rows.sequence(20, 23, served.adapters[2], DRAWN)
+        short = rows.sequence(21, 5, None, GREEDY)
+        taken: list[int | None] = []
+        for chunks in ([(long, 8)], [(long, 18), (short, 5)], [(long, 23)], []):
+            sampled = rows.step(decoding, chunks)
+            taken += [one.token_id for one in sampled]
+            decoding += [sequence for sequence, end in chunks if end == sequence.prompt_tokens]
+        rows.decode(decoding)
+        results.append(([one.tokens for one in decoding], taken))
+    assert results[0] == results[1]
+
+
+def test_base_prompts_beside_base_rows_take_the_step_without_lora(served: Served) -> None:
+    rows = Rows(served, [2], [StepShape(2, 8, 12)])
+    graphs = rows.runner.graphs
+    assert graphs is not None
+    base, other = rows.add(0, 5, None, GREEDY), rows.sequence(1, 6, None, GREEDY)
+    tenant = rows.sequence(2, 6, served.adapters[0], GREEDY)
+    shape = StepShape(2, 8, 12)
+
+    def level(*sequences: Sequence) -> int:
+        prompts = [PlannedRow(one, 0, 6, samples=True) for one in sequences]
+        return graphs._level(StepPlan((PlannedRow(base, 5, 6, samples=True), *prompts), 1), shape)
+
+    assert level(other) == -1
+    assert level(other, tenant) == 2
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 8, 64, 100, 256])
@@ -174,3 +230,11 @@ def test_buckets_reach_the_most_rows_and_waste_little(most: int) -> None:
     for rows in range(1, most + 1):
         padded = min(bucket for bucket in buckets if bucket >= rows)
         assert padded - rows < max(8, 0.2 * rows + 8)
+
+
+def test_shapes_with_prompts() -> None:
+    assert step_shapes(64, ()) == [StepShape(rows, 0, 0) for rows in row_buckets(64)]
+    mixed = step_shapes(64, (128, 512))[len(row_buckets(64)) :]
+    assert {shape.decode_rows for shape in mixed} == {0, 8, 16, 32, 64}
+    assert {shape.prefill_tokens for shape in mixed} == {128, 512}
+    assert {shape.prefill_rows for shape in mixed} == {8}

@@ -1,0 +1,151 @@
+"""Steps as CUDA graphs: one for each of some shapes, with and without LoRA, replayed on fixed buffers."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.batch import SamplingInputs, StepShape, padded_arrays, with_drawn
+from engine.model import DecoderModel
+from engine.scheduler import StepPlan
+from engine.static_inputs import StaticInputs
+from engine.step import Drawn, KVCache, LoraState, StepInputs
+
+_PROMPTS = 8  # prefill chunks that a captured step has room for
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One captured step. graph: None on a CPU, where the step is computed anew on the same buffers."""
+
+    inputs: StepInputs
+    sampling: SamplingInputs
+    ids: Tensor
+    logprobs: Tensor
+    graph: torch.cuda.CUDAGraph | None
+
+
+def row_buckets(max_rows: int) -> list[int]:
+    """Numbers of rows that decode steps are captured for: padded by less than 8 rows, or less than a fifth."""
+    buckets = [rows for rows in (1, 2, 4, *range(8, 64, 8), *range(64, max_rows, 16)) if rows < max_rows]
+    return [*buckets, max_rows]
+
+
+def step_shapes(max_rows: int, prefill_tokens: Sequence[int]) -> list[StepShape]:
+    """Decode steps of :func:`row_buckets`, and steps with up to 8 prefill chunks of so many tokens together beside no,
+    few or many decoding rows."""
+    decode = [StepShape(rows, 0, 0) for rows in row_buckets(max_rows)]
+    beside = [0, *(rows for rows in (8, 16, 32) if rows < max_rows), max_rows]
+    return decode + [StepShape(rows, _PROMPTS, tokens) for tokens in prefill_tokens for rows in beside]
+
+
+def _lora_levels(shape: StepShape) -> list[int]:
+    """First decode rows that LoRA is launched for. Rows with adapters stand first; -1 is no LoRA for any row."""
+    if shape.prefill_rows:
+        return [-1, shape.decode_rows]
+    return sorted({-1, min(8, shape.decode_rows), shape.decode_rows})
+
+
+class StepGraphs:
+    """Steps padded to captured shapes.
+
+    A padding row has context length 0, KV slot -1 and no adapter; it writes nothing and its token is dropped. A row's
+    result is the same bit for bit in every decode step of one shape, whatever the rows beside it. Adapters change slots
+    and slots change contents under the graphs: both are read from the slot table at replay.
+
+    Not thread-safe. To be made anew when the KV cache is.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv: KVCache,
+        lora: LoraState | None,
+        drawn: Tensor,
+        shapes: Sequence[StepShape],
+        max_pages: int,
+    ) -> None:
+        """Captures every shape on a GPU.
+
+        drawn: (most rows of a shape,) int64 or longer: every step leaves the ids it drew there, and reads those of the
+        step before where the host does not know them. max_pages: KV pages of the longest row.
+        """
+        self.model, self.kv, self.lora, self._drawn = model, kv, lora, drawn
+        self._decode = sorted(shape.decode_rows for shape in shapes if not shape.prefill_rows)
+        self._mixed = sorted({(shape.prefill_tokens, shape.decode_rows) for shape in shapes if shape.prefill_rows})
+        most = max(shape.rows for shape in shapes)
+        self._logits = torch.empty((most, model.spec.vocab_size), dtype=model.dtype, device=model.device)
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._static: dict[StepShape, StaticInputs] = {}
+        self._steps: dict[tuple[StepShape, int], _Step] = {}
+        # The largest first: the others then fit into its memory.
+        for shape in sorted(shapes, key=lambda shape: shape.decode_rows + shape.prefill_tokens, reverse=True):
+            arrays = padded_arrays(StepPlan((), 0), shape, max_pages, kv.page_size)
+            self._static[shape] = StaticInputs(arrays, model.device)
+            for level in _lora_levels(shape) if lora is not None else (-1,):
+                self._steps[shape, level] = self._capture(shape, level)
+
+    def shape_of(self, plan: StepPlan) -> StepShape | None:
+        """The captured shape that holds ``plan`` with the least padding; None when none does."""
+        prompts = len(plan.rows) - plan.num_decode
+        if not prompts:
+            place = bisect_left(self._decode, plan.num_decode)
+            return StepShape(self._decode[place], 0, 0) if place < len(self._decode) else None
+        tokens = plan.num_tokens - plan.num_decode
+        fits = (shape for shape in self._mixed if shape[0] >= tokens and shape[1] >= plan.num_decode)
+        found = next(fits, None) if prompts <= _PROMPTS else None
+        return None if found is None else StepShape(found[1], _PROMPTS, found[0])
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, shape: StepShape) -> Drawn:
+        """Launch the step, ``shape`` being ``shape_of(plan)``; nothing waits for the device."""
+        static = self._static[shape]
+        static.fill(padded_arrays(plan, shape, static.views["page_table"].shape[1], self.kv.page_size))
+        step = self._steps[shape, self._level(plan, shape)]
+        places = [place for place, row in zip(shape.places(plan), plan.rows, strict=True) if row.samples]
+        if step.graph is None:
+            ids, logprobs = self._step(static, step.inputs, step.sampling)
+            return Drawn(ids, logprobs, self._logits[: shape.rows], places)
+        step.graph.replay()
+        return Drawn(step.ids, step.logprobs, self._logits[: shape.rows], places)
+
+    def _level(self, plan: StepPlan, shape: StepShape) -> int:
+        adapters = [row.sequence.lora_index >= 0 for row in plan.rows]
+        if not any(adapters):
+            return -1
+        decode = max((number for number, has in enumerate(adapters[: plan.num_decode], 1) if has), default=0)
+        return next(level for level in _lora_levels(shape) if level >= decode)
+
+    def _capture(self, shape: StepShape, level: int) -> _Step:
+        static = self._static[shape]
+        views = static.views
+        sampling = SamplingInputs(**{name: views[name] for name in SamplingInputs.names()})
+        others = SamplingInputs.names() | {"awaited"}
+        inputs = StepInputs(
+            **{name: view for name, view in views.items() if name not in others},
+            num_decode_rows=shape.decode_rows,
+            num_lora_rows=max(level, 0),
+            max_query_len=shape.prefill_tokens,
+            has_lora=level >= 0,
+        )
+        ids, logprobs = self._step(static, inputs, sampling)  # compiles, and allocates what lasts
+        if self.model.device.type != "cuda":
+            return _Step(inputs, sampling, ids, logprobs, None)
+        torch.cuda.synchronize(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            ids, logprobs = self._step(static, inputs, sampling)
+        return _Step(inputs, sampling, ids, logprobs, graph)
+
+    def _step(self, static: StaticInputs, inputs: StepInputs, sampling: SamplingInputs) -> tuple[Tensor, Tensor]:
+        rows = inputs.logit_tokens.shape[0]
+        token_ids = with_drawn(inputs.token_ids, static.views["awaited"], self._drawn)
+        self.model.forward(replace(inputs, token_ids=token_ids), self.kv, self.lora, out=self._logits[:rows])
+        ids, logprobs = sampling.draw(self._logits[:rows])
+        self._drawn[:rows].copy_(ids)
+        return ids, logprobs
