@@ -20,6 +20,11 @@ def choose_adapters(distribution: str, batch: int, adapters: int, rng: random.Ra
         case "distinct":
             return [row % adapters for row in range(batch)]
         case "zipf":
-            return rng.choices(range(adapters), [1 / (rank + 1) for rank in range(adapters)], k=batch)
+            return rng.choices(range(adapters), zipf_weights(adapters, 1.0), k=batch)
         case _:
             raise ValueError(f"distribution {distribution!r}: choose from {', '.join(DISTRIBUTIONS)}")
+
+
+def zipf_weights(count: int, exponent: float) -> list[float]:
+    """Relative shares of ``count`` things, the likeliest first: 1 / (n + 1) ** exponent. Exponent 0 makes all alike."""
+    return [(number + 1) ** -exponent for number in range(count)]

@@ -34,8 +34,9 @@ class ServingResults:
     def _latency(self, axes: Axes, name: str, title: str) -> None:
         for number, share in enumerate(("p50", "p99")):
             self._line(axes, f"{name}_ms_{share}", share, COLORS[number])
+        suffix = " on average in a request" if name == "itl" else ""
         limit = self.rows[0][f"slo_{name}_ms"]
-        axes.axhline(limit, color=NEUTRAL, linestyle="--", label=f"objective, {limit:g} ms")
+        axes.axhline(limit, color=NEUTRAL, linestyle="--", label=f"objective, {limit:g} ms{suffix}")
         axes.set(yscale="log", ylabel="ms", title=title)
         axes.legend(frameon=False)
 
