@@ -38,5 +38,5 @@ class Answer:
 
     @property
     def token_ms(self) -> float:
-        """Mean milliseconds a token after the first; 0 for an answer of one."""
-        return (self.events[-1] - self.events[0]) * 1e3 / (self.tokens - 1) if self.tokens > 1 else 0.0
+        """Mean milliseconds a token after the first; 0 for an answer of one. Tokens without a text count as well."""
+        return (self.end - self.events[0]) * 1e3 / (self.tokens - 1) if self.tokens > 1 else 0.0

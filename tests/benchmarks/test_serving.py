@@ -105,9 +105,9 @@ async def test_a_late_client_counts_from_when_requests_were_due() -> None:
 
 
 def test_latencies_count_from_the_due_time() -> None:
-    late = Answer(10.0, 11.0, (12.0, 12.5, 14.0), 14.25, 20, 5)
-    assert (late.ttft_ms, late.total_ms, late.gaps_ms) == (2000.0, 4250.0, [500.0, 1500.0])
-    assert late.token_ms == 500.0, "two events brought four tokens after the first"
+    late = Answer(10.0, 11.0, (12.0, 12.5, 14.0), 14.5, 20, 6)
+    assert (late.ttft_ms, late.total_ms, late.gaps_ms) == (2000.0, 4500.0, [500.0, 1500.0])
+    assert late.token_ms == 500.0, "five tokens after the first, the last of them without a text"
     assert answer(0.0, 1.0).token_ms == 0.0
 
 
