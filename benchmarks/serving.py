@@ -1,6 +1,7 @@
 """Open-loop load over HTTP: requests arrive when they arrive, and every latency counts from there.
 
-    python -m benchmarks.serving --rate 2,4,8 --duration 10 --json serving.json --plot serving.png
+    python -m benchmarks.serving --rate 2,4 --duration 5                    # a look on a CPU, under a minute
+    python -m benchmarks.serving --rate 2,4,8 --duration 60 --json serving.json --plot serving.png
     python -m benchmarks.serving --adapters 64 --zipf 1.0 --slots 8
     python -m benchmarks.serving --shape llama-3-8b --adapters 64 --rows 64 --num-gpus 1 --start-s 300
     python -m benchmarks.serving --url http://localhost:8000 --prefix tenant- --adapters 100 --rate 4
