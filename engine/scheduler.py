@@ -86,6 +86,10 @@ class Scheduler:
         call."""
         insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
 
+    def has(self, sequence: Sequence) -> bool:
+        """Whether it is running or queued."""
+        return sequence in self.running or sequence in self.waiting
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not; its pages and its slot reference are free at once."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
@@ -194,6 +198,8 @@ class Scheduler:
     def _put_out(self) -> Iterator[Sequence]:
         """Take from the queue those whose adapter is neither in host memory nor in a slot any more."""
         for sequence in self.waiting[:]:
+            if sequence.awaited >= 0:
+                continue  # preempted in this very step, and perhaps at its end with the token that is under way
             if sequence.adapter is not None or sequence.slot is not None or sequence.digest is None:
                 continue
             if self.slots is None or self.slots.find(sequence.digest) is None:

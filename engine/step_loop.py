@@ -263,7 +263,7 @@ class StepLoop:
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End one request with an error; the others go on."""
-        if sequence in self._scheduler.running:
+        if self._scheduler.has(sequence):  # not one whose adapter could not be loaded
             self._scheduler.remove(sequence)
         sequence.finished = True
         self._forget(sequence)

@@ -32,7 +32,9 @@ class Line:
         tokens: int = 64,
         overtakes: int = 4,
         mixed: int | None = None,
+        late: bool = False,
     ) -> None:
+        """late: a step's tokens are read after the next step was planned, as the engine does it."""
         self.pool = SlotPool(LAYOUT, slots or {4: 2}, torch.float32, "cpu")
         self.scheduler = Scheduler(
             PagePool(pages, page_size),
@@ -49,6 +51,9 @@ class Line:
         self.packed: dict[str, PackedAdapter] = {}
         self.loading: list[Sequence] = []  # back after the step that comes next
         self.reloads: list[str] = []
+        self.late = late
+        self.flight: list[Sequence] = []  # whose tokens are drawn and not read
+        self.stops: dict[Sequence, int] = {}  # ends when so many tokens are known
 
     def add(
         self, name: str, prompt: int = 4, new: int = 4, packed: PackedAdapter | None = None, *, in_slot: bool = False
@@ -67,6 +72,7 @@ class Line:
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
+        sequence.finished = True
         if sequence in self.loading:
             self.loading.remove(sequence)
         else:
@@ -106,18 +112,27 @@ class Line:
         owned = [page for sequence in running for page in sequence.pages]
         assert len(owned) == len(set(owned)) == self.scheduler.pages.num_pages - self.scheduler.pages.free_pages
         self.steps.append([(row.sequence.request.request_id, row.start, row.end) for row in plan.rows])
+        landing, self.flight = self.flight, [row.sequence for row in plan.rows if row.samples]
+        places = iter(range(len(self.flight)))
         for row in plan.rows:
-            row.sequence.computed = row.end
-            if row.samples:
-                row.sequence.tokens.append(1000 + len(row.sequence.tokens))
-                if len(row.sequence.tokens) == row.sequence.max_tokens:
-                    self.scheduler.remove(row.sequence)
-                    self.finished[row.sequence.request.request_id] = len(self.steps)
+            row.sequence.launched(row.end, next(places) if row.samples else None)
+        if not self.late:
+            landing, self.flight = self.flight, []
+        for sequence in landing:
+            if not sequence.finished:
+                sequence.read(1000 + sequence.known)
+                if sequence.known >= min(sequence.max_tokens, self.stops.get(sequence, sequence.max_tokens)):
+                    self.end(sequence)
         return plan
+
+    def end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        sequence.finished = True
+        self.finished[sequence.request.request_id] = len(self.steps)
 
     def run(self, limit: int = 1000) -> None:
         for _ in range(limit):
-            if not self.step().rows and not self.loading and not self.scheduler.waiting:
+            if not self.step().rows and not self.loading and not self.scheduler.waiting and not self.flight:
                 break
         assert not self.scheduler.running
         assert not self.scheduler.waiting

@@ -160,6 +160,29 @@ def spoil(adapter: TinyAdapter, folder: Path, value: float) -> Path:
     return folder
 
 
+async def test_law_5_an_adapter_that_overflows_while_its_row_is_preempted(
+    model: TinyModel, adapters: list[TinyAdapter], tmp_path: Path
+) -> None:
+    """Its row may be in the queue again when the draw that cannot be used is read."""
+    spoilt = spoil(adapters[0], tmp_path / "spoilt", 1e38)
+    store = StoreSettings(root=tmp_path, adapters={"spoilt": f"local:{spoilt}"})
+    cramped = settings_for(model, (), num_pages=8, max_model_len=32, max_rows=4, max_batch_tokens=32, store=store)
+    async with running(cramped) as engine:
+
+        async def keep_asking() -> None:
+            for number in range(60):
+                with pytest.raises(AdapterRefused, match="not finite"):
+                    await answer(engine, ask(f"bad-{number}", range(3, 9), "spoilt", new=8))
+
+        bad = asyncio.create_task(keep_asking())
+        good = [await answer(engine, ask(f"good-{number}", range(5, 9), new=27)) for number in range(12)]
+        await bad
+        stats = engine.stats()
+    assert stats.healthy
+    assert stats.free_pages == stats.num_pages
+    assert {chunk.token_ids for chunk in good} == {expected(model, range(5, 9), None, 27).tokens}
+
+
 async def test_law_5_a_bad_neighbour_changes_nothing(
     model: TinyModel, adapters: list[TinyAdapter], tmp_path: Path
 ) -> None:
