@@ -90,7 +90,7 @@ def _check_base_model(adapter_base: str, served: str) -> None:
     if ours and theirs and ours != theirs:
         raise ValueError(
             f"it was trained for {adapter_base!r} but the base model here is {served!r}; if that is the same model, "
-            "correct base_model_name_or_path in adapter_config.json"
+            "correct base_model_name_or_path in adapter_config.json, or set the server's engine.model_name to it"
         )
 
 

@@ -52,7 +52,7 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class SlotStats:
-    """Totals since the start: acquisitions that found their adapter, that did not, and adapters put out for others.
+    """Totals since the start: acquisitions that found their adapter, that did not, and adapters evicted for others.
 
     exhausted: acquisitions that got nothing because every slot that fits was in use.
     """
@@ -159,7 +159,7 @@ class SlotPool:
         return given
 
     def touch(self, digests: Iterable[str]) -> None:
-        """Mark adapters as just used, so that they are put out last."""
+        """Mark adapters as just used, so that they are evicted last."""
         for digest in digests:
             if digest in self._resident:
                 self._resident.move_to_end(digest)
@@ -251,7 +251,7 @@ class SlotPool:
         slot = self._resident.get(digest)
         if slot is None:
             return None
-        slot.refs += 1  # its order of use is settled at the release; until then it cannot be put out
+        slot.refs += 1  # its order of use is settled at the release; until then it cannot be evicted
         self._hits += hit
         return slot
 

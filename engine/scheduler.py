@@ -117,7 +117,7 @@ class Scheduler:
             assert first.slot is not None
             self.slots.wait(first.slot)
             self._add_chunk(prefill, first, budget, ready=True)
-        return StepPlan((*decode, *prefill), len(decode), tuple(self._put_out()))
+        return StepPlan((*decode, *prefill), len(decode), tuple(self._lost()))
 
     def _decode_rows(self) -> Iterator[PlannedRow]:
         for sequence in list(self.running):
@@ -144,7 +144,7 @@ class Scheduler:
         if budget <= 0 or len(self.running) >= self.max_rows:
             return
         if self.slots is not None:
-            # What is asked for next is put out last.
+            # What is asked for next is evicted last.
             soon = [sequence.digest for sequence in self.waiting[: self.max_rows]]
             self.slots.touch(digest for digest in reversed(soon) if digest is not None)
         passed: list[Sequence] = []
@@ -180,7 +180,7 @@ class Scheduler:
         if any(earlier.draining == digest for earlier in passed):
             return False
         if sequence.adapter is None:
-            sequence.slot = self.slots.acquire(digest)  # or None: put out since, see _put_out
+            sequence.slot = self.slots.acquire(digest)  # or None: evicted since, see _lost
             return sequence.slot is not None
         rank = sequence.adapter.rank
         in_vain = rank >= self._scarce_rank and self.slots.find(digest) is None
@@ -195,7 +195,7 @@ class Scheduler:
             self.slots.load(slot, sequence.adapter)
         return True
 
-    def _put_out(self) -> Iterator[Sequence]:
+    def _lost(self) -> Iterator[Sequence]:
         """Take from the queue those whose adapter is neither in host memory nor in a slot any more."""
         for sequence in self.waiting[:]:
             if sequence.awaited >= 0:

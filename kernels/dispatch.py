@@ -61,9 +61,10 @@ def overlap(tensor: Tensor, operands_ready: bool = False) -> dict[str, Any]:
     """Launch options that let a kernel start while the one before it in the stream still runs.
 
     CUDA's programmatic dependent launch, on compute capability 9.0 and later; elsewhere a plain launch. The kernel's
-    ``WAIT`` says when it calls ``gdc_wait`` (every program must, or the kernel after it could overtake the one
-    before): "first", before it touches memory, or "late", after it has loaded the ``operands_ready``, which no
-    kernel running just before may write; "never" where the launch is plain.
+    ``WAIT`` says when its programs call ``gdc_wait``: "first", before they touch memory, or "late", after they have
+    loaded the ``operands_ready``, which no kernel running just before may write; "never" where the launch is plain.
+    A program that touches nothing need not wait, but one of every launch must: a kernel that ended before the one
+    before it would let the kernel after it overtake that.
     """
     if not tensor.is_cuda or torch.version.hip or _capability(tensor.get_device()) < (9, 0):
         return {"WAIT": "never"}

@@ -85,7 +85,7 @@ async def test_law_2_neighbours_slots_eviction_chunks_and_preemption_change_noth
         alone = [await answer(engine, request) for request in requests]
     cramped = settings_for(model, adapters, max_batch_tokens=9, slots={16: 2}, num_pages=14)
     async with running(cramped) as engine:
-        for turn in range(3):  # adapters are put out and come back in other slots
+        for turn in range(3):  # adapters are evicted and come back in other slots
             order = requests[turn:] + requests[:turn]
             for request, chunk in zip(order, await answers(engine, order), strict=True):
                 close_to(chunk, alone[requests.index(request)])
@@ -351,7 +351,7 @@ async def test_a_resident_adapter_runs_although_its_source_and_its_host_copy_are
 async def test_requests_that_rely_on_a_slot_are_refused_alone_when_another_takes_it(
     model: TinyModel, adapters: list[TinyAdapter], tmp_path: Path
 ) -> None:
-    """Queued behind a full batch when the adapter is put out: those without a source fail, nobody else does."""
+    """Queued behind a full batch when the adapter is evicted: those without a source fail, nobody else does."""
     folder = tmp_path / "tenant"
     shutil.copytree(adapters[0].path, folder)
     tenant, other = TinyAdapter(folder, 4), adapters[1]

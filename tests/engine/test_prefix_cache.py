@@ -92,7 +92,7 @@ async def test_without_the_cache_nothing_is_reused(model: TinyModel) -> None:
     assert first.token_ids == second.token_ids
 
 
-async def test_a_row_that_was_put_out_finds_its_own_pages_again(model: TinyModel) -> None:
+async def test_a_preempted_row_finds_its_own_pages_again(model: TinyModel) -> None:
     prompts = [prompt(9, seed=number) for number in range(2)]
     async with running(settings_for(model, num_pages=9, page_size=4, max_model_len=32)) as engine:
         got = await answers(engine, [ask(f"{i}", tokens, new=16, logprobs=0) for i, tokens in enumerate(prompts)])

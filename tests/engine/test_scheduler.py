@@ -113,7 +113,7 @@ def test_a_large_adapter_without_a_slot_does_not_stop_a_small_one() -> None:
     assert line.names() == ["big1", "small"]
 
 
-def test_adapters_of_the_queue_are_put_out_last() -> None:
+def test_adapters_of_the_queue_are_evicted_last() -> None:
     line = Line(slots={4: 2})
     for name in ("a", "b"):
         line.add(name, packed=adapter(name), new=1)
@@ -221,7 +221,7 @@ def test_a_resident_adapter_needs_no_host_copy() -> None:
     assert line.pool.stats().hits == 1
 
 
-def test_a_resident_adapter_that_is_put_out_before_its_request_runs_is_loaded_again() -> None:
+def test_a_resident_adapter_that_is_evicted_before_its_request_runs_is_loaded_again() -> None:
     line = Line(slots={4: 1}, rows=1)
     line.add("first", packed=adapter("a"), new=1)
     line.run()
@@ -236,7 +236,7 @@ def test_a_resident_adapter_that_is_put_out_before_its_request_runs_is_loaded_ag
     assert line.finished["cold"] < line.finished["relies"] < line.finished["base"]
 
 
-def test_a_preempted_row_whose_adapter_is_put_out_meanwhile_is_loaded_again() -> None:
+def test_a_preempted_row_whose_adapter_is_evicted_meanwhile_is_loaded_again() -> None:
     line = Line(pages=6, page_size=4, slots={4: 1})
     line.add("first", packed=adapter("a"), new=1)
     line.run()

@@ -80,8 +80,8 @@ async def test_what_is_drawn_after_the_end_is_dropped(model: TinyModel, log: lis
     assert stats.generated_tokens == 8 + len(until) * 2 + 16
 
 
-async def test_a_row_put_out_while_its_token_is_under_way_goes_on_with_it(model: TinyModel) -> None:
-    """Pages for two rows, then not for both: the newer is put out between launch and read, and computed again."""
+async def test_a_row_preempted_while_its_token_is_under_way_goes_on_with_it(model: TinyModel) -> None:
+    """Pages for two rows, then not for both: the newer is preempted between launch and read, and computed again."""
     async with running(settings_for(model, num_pages=9, page_size=2, max_model_len=18)) as engine:
         got = await answers(engine, [ask("a", range(3, 9), new=10), ask("b", range(5, 11), new=10)])
         stats = engine.stats()
