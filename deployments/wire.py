@@ -27,7 +27,7 @@ def encode_error(error: Exception, replica: str) -> dict[str, Any]:
     """The last item of a stream that ``replica`` ended with one of ``REFUSALS``."""
     match error:
         case InvalidRequest():
-            details: dict[str, Any] = {"param": error.param}
+            details: dict[str, Any] = {"param": error.param, "code": error.code}
         case AdapterError():
             details = {"adapter": error.adapter, "reason": error.reason}
         case _:
@@ -44,7 +44,7 @@ def decode(item: dict[str, Any], model: str) -> GenerationChunk:
     if kind is None:
         return GenerationChunk.from_dict(item)
     if kind == InvalidRequest.__name__:
-        raise InvalidRequest(item["message"], item["param"])
+        raise InvalidRequest(item["message"], item["param"], item["code"])
     if kind in _PLAIN_ERRORS:
         raise _PLAIN_ERRORS[kind](item["message"])
     raise _ADAPTER_ERRORS[kind](model, item["reason"])

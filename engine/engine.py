@@ -15,7 +15,14 @@ from adapter_store.errors import AdapterRefused
 from adapter_store.slots import Residency
 from engine.output import OutputQueue
 from engine.parts import EngineParts, build_parts
-from engine.request import EngineDead, GenerationChunk, GenerationRequest, InvalidRequest, check_length
+from engine.request import (
+    CONTEXT_LENGTH_EXCEEDED,
+    EngineDead,
+    GenerationChunk,
+    GenerationRequest,
+    InvalidRequest,
+    check_length,
+)
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
@@ -162,6 +169,7 @@ class Engine:
                     f"than the {room} tokens that a KV cache of {parts.pages.num_pages} pages has room for: shorten "
                     "them, or have num_pages raised",
                     "prompt" if prompt_tokens >= room else "max_tokens",
+                    CONTEXT_LENGTH_EXCEEDED,
                 )
             max_tokens = room
         worst = max(request.prompt_token_ids), min(request.prompt_token_ids)

@@ -15,7 +15,7 @@ _INT64 = 2**63 - 1  # what a step's tensors hold
 class InvalidRequest(ValueError):
     """A request that can never run as asked (HTTP 400). ``param`` names the offending field.
 
-    code: ``CONTEXT_LENGTH_EXCEEDED`` for what does not fit the context, else None.
+    code: ``CONTEXT_LENGTH_EXCEEDED`` for what does not fit the context or the KV cache, else None.
     """
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:

@@ -151,8 +151,8 @@ async def test_refusals_are_told_at_once_under_the_clients_name():
         await collect(handle)
     assert caught.value.adapter == "tenant" and caught.value.reason == "it uses DoRA"
     with pytest.raises(InvalidRequest) as invalid:
-        await collect(Handle([refusal(InvalidRequest("no", "prompt"))]))
-    assert invalid.value.param == "prompt"
+        await collect(Handle([refusal(InvalidRequest("no", "prompt", "too_long"))]))
+    assert (invalid.value.param, invalid.value.code) == ("prompt", "too_long")
 
 
 async def test_leaving_early_cancels_the_replica():

@@ -18,7 +18,7 @@ from adapter_store.errors import AdapterChanged, AdapterRefused
 from adapter_store.settings import StoreSettings
 from adapter_store.slots import Residency
 from engine.engine import Engine
-from engine.request import EngineDead, EngineOverloaded, GenerationChunk, InvalidRequest
+from engine.request import CONTEXT_LENGTH_EXCEEDED, EngineDead, EngineOverloaded, GenerationChunk, InvalidRequest
 from engine.settings import EngineSettings
 from examples.demo.words import ADAPTERS, held_out_prompts
 from examples.demo.words import answer as demo_answer
@@ -397,9 +397,10 @@ async def test_a_request_larger_than_the_kv_cache_is_refused(model: TinyModel) -
     async with running(settings_for(model, num_pages=10)) as engine:  # 40 tokens, and one that is never stored
         with pytest.raises(InvalidRequest, match=r"30 tokens.*max_tokens 12.*41 tokens.*10 pages.*num_pages") as caught:
             await answer(engine, ask("x", [5] * 30, new=12))
-        assert caught.value.param == "max_tokens"
-        with pytest.raises(InvalidRequest, match="num_pages"):
+        assert (caught.value.param, caught.value.code) == ("max_tokens", CONTEXT_LENGTH_EXCEEDED)
+        with pytest.raises(InvalidRequest, match="num_pages") as caught:
             await answer(engine, ask("x", [5] * 41, new=None))
+        assert (caught.value.param, caught.value.code) == ("prompt", CONTEXT_LENGTH_EXCEEDED)
         assert (await answer(engine, ask("x", [5] * 30, new=11))).completion_tokens == 11
         unlimited = await answer(engine, ask("x", [5] * 30, new=None))
         assert (unlimited.completion_tokens, unlimited.finish_reason) == (11, "length")
