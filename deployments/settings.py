@@ -110,7 +110,8 @@ class FleetSettings(_Section):
     model: folder of the base model. model_name: what clients call it, and what adapters name as the model they were
     trained for (``engine.model_name`` where that differs); the folder's name when left out.
     adapters: name -> ``local:folder`` or ``hub:org/name@revision``. adapter_folders: every sub-folder that holds
-    an adapter is one of that name. allow: patterns of references that clients may name directly.
+    an adapter is one of that name. allow: patterns of references that clients may name directly. A key with nothing
+    under it has its default.
     """
 
     model: str
@@ -123,6 +124,14 @@ class FleetSettings(_Section):
     replicas: ReplicaSection = ReplicaSection()
     gateway: GatewaySection = GatewaySection()
     routing: RoutingSection = RoutingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, values: Any) -> Any:
+        """A key with nothing under it, which YAML reads as null, is as good as left out."""
+        if not isinstance(values, Mapping):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
 
     @model_validator(mode="after")
     def _check(self) -> FleetSettings:

@@ -59,9 +59,19 @@ def test_a_mistake_is_refused_by_name(changes, said):
     assert said in str(caught.value)
 
 
-def test_the_model_is_required():
-    with pytest.raises(ValidationError, match="model"):
-        FleetSettings.model_validate({})
+@pytest.mark.parametrize("args", [{}, {"model": None}])
+def test_the_model_is_required(args):
+    with pytest.raises(ValidationError, match="model\n  Field required"):
+        FleetSettings.model_validate(args)
+
+
+def test_a_key_with_nothing_under_it_has_its_default():
+    keys = [key for key in FleetSettings.model_fields if key != "model"]
+    written = yaml.safe_load("\n".join(["model: examples/demo/model", *(f"{key}:" for key in keys)]))
+    assert set(written.values()) == {"examples/demo/model", None}
+    assert FleetSettings.model_validate(written) == settings()
+    with pytest.raises(ValidationError, match="modle"):
+        settings(modle=None)
 
 
 @pytest.mark.parametrize(
