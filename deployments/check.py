@@ -75,8 +75,8 @@ def _told(error: ValidationError, before: str, model: type[BaseModel]) -> Iterat
         message = one["msg"].removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
             message = f"unknown key; known are {', '.join(_keys(model, where[:-1]))}"
-        place = f"{before}{'.'.join(where)}".rstrip(".")
-        yield f"{place}: {message}"
+        # What FleetSettings finds wrong between fields has no place of its own, and begins with it.
+        yield f"{before}{'.'.join(where)}: {message}" if where else f"{before}{message}"
 
 
 def _keys(model: type[BaseModel], path: list[str]) -> list[str]:

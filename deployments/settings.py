@@ -136,6 +136,7 @@ class FleetSettings(_Section):
     @model_validator(mode="after")
     def _check(self) -> FleetSettings:
         checks = {
+            "": lambda: StoreSettings(adapters=self.adapters, allow=tuple(self.allow)),  # these stand in no section
             "store": self.store_settings,
             "engine": self.engine_settings,
             "routing": lambda: PlacementPolicy(**self.policy()),
@@ -145,7 +146,7 @@ class FleetSettings(_Section):
             try:
                 make()
             except ValueError as error:
-                raise ValueError(f"{section}: {error}") from error
+                raise ValueError(f"{section}: {error}" if section else str(error)) from error
         gpus = self.replicas.num_gpus
         if gpus != "auto" and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
             raise ValueError(f"replicas: num_gpus is {gpus} but must be 0, a fraction of 1, or a whole number")

@@ -68,11 +68,12 @@ class EngineSettings:
     poison: bool = False
 
     def __post_init__(self) -> None:
-        pairs = self.slots.items() if isinstance(self.slots, Mapping) else self.slots
+        written = self.slots
+        pairs = written.items() if isinstance(written, Mapping) else written
         try:
             slots = tuple(sorted((int(rank), int(count)) for rank, count in pairs))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"slots is {self.slots!r}: write ranks and counts, such as {{16: 32, 64: 4}}") from error
+            raise ValueError(f"slots is {written!r}: write ranks and counts, such as {{16: 32, 64: 4}}") from error
         object.__setattr__(self, "slots", slots)
         object.__setattr__(self, "graph_prefill_tokens", tuple(self.graph_prefill_tokens))
         ranks = [rank for rank, _ in slots]
@@ -113,7 +114,8 @@ class EngineSettings:
         ]
         for name, ok, allowed in checks:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be {allowed}")
+                value = written if name == "slots" else getattr(self, name)
+                raise ValueError(f"{name} is {value!r} but must be {allowed}")
 
     @property
     def max_rank(self) -> int:

@@ -35,7 +35,12 @@ def test_the_shipped_configuration_has_no_mistake(tmp_path):
     [
         ({"replicas": {"num_repicas": 1}}, "args.replicas.num_repicas: unknown key; known are graceful_shutdown"),
         ({"modle": "x"}, "args.modle: unknown key; known are adapter_folders, adapters, allow, engine,"),
-        ({"engine": {"max_rows": 0}}, "args: engine: max_rows is 0"),
+        ({"engine": {"max_rows": "many"}}, "args.engine.max_rows: Input should be a valid integer"),
+        ({"engine": {"max_rows": 0}}, "args.engine: max_rows is 0 but must be 1 or more"),
+        ({"engine": {"slots": {16: 0}}}, "args.engine: slots is {16: 0} but must be ranks and counts of 1 or more"),
+        ({"replicas": {"num_gpus": 1.5}}, "args.replicas: num_gpus is 1.5"),
+        ({"adapters": {"a": "s3:x"}}, "args.adapters['a']: "),
+        ({"allow": ["acme/*"]}, "args.allow: 'acme/*' must start with"),
         ({"model": "/no/such/model"}, "args.model: "),
         ({"engine": {"max_model_len": 100_000}}, "args.engine.max_model_len: 100000 is more than the model's 512"),
         ({"adapter_folders": ["/does/not/exist"]}, "args.adapter_folders: there is no folder /does/not/exist"),

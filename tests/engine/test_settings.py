@@ -26,7 +26,7 @@ from engine.settings import EngineSettings
         ({"seed": -3}, "seed is -3"),
         ({"load_threads": 0}, "load_threads is 0"),
         ({"max_rows": 64, "max_batch_tokens": 32}, r"max_batch_tokens is 32 but must be at least max_rows \(64\)"),
-        ({"slots": {0: 4}}, r"slots is \(\(0, 4\),\) but must be ranks and counts of 1 or more"),
+        ({"slots": {0: 4}}, r"slots is \{0: 4\} but must be ranks and counts of 1 or more"),
         ({"slots": {8: 0}}, "ranks and counts of 1 or more"),
         ({"slots": ((8, 1), (8, 2))}, "add up the counts"),
         ({"slots": {"big": 2}}, r"slots is \{'big': 2\}: write ranks and counts"),
