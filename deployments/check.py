@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from adapter_store.digest import CONFIG_FILE
 from adapter_store.source import AdapterRef
@@ -24,6 +24,7 @@ from deployments.settings import FleetSettings
 from engine.spec import ModelSpec
 
 OURS = "deployments.app:build"
+OUR_PACKAGE = "deployments."
 
 
 def mistakes(file: Path) -> Iterator[str]:
@@ -39,9 +40,16 @@ def mistakes(file: Path) -> Iterator[str]:
         return
     if taken := _port_taken(schema.http_options.host, schema.http_options.port):
         yield taken
-    for application in schema.applications:
-        if application.import_path == OURS:
+    known = sorted(ServeApplicationSchema.model_fields)
+    for number, (application, written) in enumerate(zip(schema.applications, config["applications"], strict=True)):
+        place = f"applications.{number}"
+        for key in sorted(map(str, set(written) - set(known))):  # Serve passes over them
+            yield f"{place}.{key}: {_unknown(known)}"
+        path = application.import_path
+        if path.replace(":", ".") == OURS.replace(":", "."):  # Serve takes both
             yield from application_mistakes(application.args)
+        elif path.startswith(OUR_PACKAGE):
+            yield f"{place}.import_path: there is no application at {path!r}: write {OURS}"
 
 
 def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
@@ -74,9 +82,13 @@ def _told(error: ValidationError, before: str, model: type[BaseModel]) -> Iterat
         where = [str(part) for part in one["loc"]]
         message = one["msg"].removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
-            message = f"unknown key; known are {', '.join(_keys(model, where[:-1]))}"
+            message = _unknown(_keys(model, where[:-1]))
         # What FleetSettings finds wrong between fields has no place of its own, and begins with it.
         yield f"{before}{'.'.join(where)}: {message}" if where else f"{before}{message}"
+
+
+def _unknown(known: list[str]) -> str:
+    return f"unknown key; known are {', '.join(known)}"
 
 
 def _keys(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -15,12 +15,13 @@ from deployments.check import application_mistakes, mistakes
 ROOT = Path(__file__).parents[2]
 
 
-def config(tmp_path, port=None, **args):
+def config(tmp_path, port=None, application=None, **args):
     made = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         made["http_options"]["port"] = port or probe.getsockname()[1]
     made["applications"][0]["args"] |= args
+    made["applications"][0] |= application or {}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(made))
     return file
@@ -50,6 +51,35 @@ def test_the_shipped_configuration_has_no_mistake(tmp_path):
 def test_a_mistake_is_told_in_one_line(args, said):
     found = list(application_mistakes({"model": "examples/demo/model"} | args))
     assert len(found) == 1 and found[0].startswith(said), found
+
+
+@pytest.mark.parametrize(
+    ("application", "said"),
+    [
+        ({"import_path": "deployments.app:biuld"}, ".import_path: there is no application at 'deployments.app:biuld'"),
+        ({"import_path": "deployments.ap:build"}, ".import_path: there is no application at 'deployments.ap:build'"),
+        ({"agrs": {"model": "x"}}, ".agrs: unknown key; known are args, autoscaling_policy, deployments, "),
+        ({"import_path": "deployments.app.build", "args": {"model": "/no/such/model"}}, None),
+        ({"import_path": None}, ".import_path: Input should be a valid string"),
+        ({"args": None}, ".args: Input should be a valid dictionary"),
+    ],
+)
+def test_a_mistake_beside_args_is_told_in_one_line(tmp_path, application, said):
+    (found,) = mistakes(config(tmp_path, application=application))
+    assert found.startswith(f"applications.0{said}" if said else "args.model: "), found
+
+
+@pytest.mark.parametrize("application", [{"runtime_env": {}, "deployments": []}, {"import_path": "their.app:build"}])
+def test_what_serve_knows_and_other_applications_are_no_mistakes(tmp_path, application):
+    assert list(mistakes(config(tmp_path, application=application))) == []
+
+
+@pytest.mark.parametrize("text", ["", "applications:", "- 1"])
+def test_a_file_that_is_no_configuration_is_told(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    found = list(mistakes(file))
+    assert len(found) == 1 and "Input should be a valid" in found[0], found
 
 
 def test_a_port_that_is_taken_is_told(tmp_path):
