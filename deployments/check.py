@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
+from adapter_store.catalog import Catalog
 from adapter_store.digest import CONFIG_FILE
 from adapter_store.source import AdapterRef
+from deployments.service import check_names
 from deployments.settings import FleetSettings
 from engine.spec import ModelSpec
 
@@ -68,9 +71,14 @@ def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
         if asked is not None and asked > spec.max_position_embeddings:
             yield f"args.engine.max_model_len: {asked} is more than the model's {spec.max_position_embeddings}"
     store = settings.store_settings()
-    for folder in settings.adapter_folders:
-        if not store.path(folder).is_dir():
-            yield f"args.adapter_folders: there is no folder {store.path(folder)}"
+    missing = [folder for folder in settings.adapter_folders if not store.path(folder).is_dir()]
+    for folder in missing:
+        yield f"args.adapter_folders: there is no folder {store.path(folder)}"
+    there = tuple(folder for folder in settings.adapter_folders if folder not in missing)
+    try:
+        check_names(settings.base_model_name, Catalog(replace(store, folders=there)))
+    except ValueError as error:
+        yield f"args.model_name: {error}"
     for name, text in settings.adapters.items():
         ref = AdapterRef.parse(text)
         if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():

@@ -73,8 +73,7 @@ class CompletionService:
         self._started = int(time.time())
         self._text_pool = ThreadPoolExecutor(self.limits.threads, "text")
         self._hub_pool = ThreadPoolExecutor(self.limits.threads, "hub")
-        if base_model in catalog.names():
-            raise ValueError(f"an adapter is named {base_model!r} like the base model: set model_name or rename it")
+        check_names(base_model, catalog)
 
     async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
         """Begin to generate: on return every choice has its first chunk, or without ``stream`` its only one.
@@ -183,6 +182,12 @@ class CompletionService:
 
     def _adapter_object(self, name: str) -> dict[str, Any]:
         return model_object(name, self._started, root=name, parent=self.base_model)
+
+
+def check_names(base_model: str, catalog: Catalog) -> None:
+    """Raises ValueError when an adapter has the base model's name."""
+    if base_model in catalog.names():
+        raise ValueError(f"an adapter is named {base_model!r} like the base model: set model_name or rename it")
 
 
 def _nth_sample(sampling: SamplingParams, sample: int) -> SamplingParams:

@@ -40,6 +40,11 @@ def test_the_shipped_configuration_has_no_mistake(tmp_path):
         ({"engine": {"max_rows": 0}}, "args.engine: max_rows is 0 but must be 1 or more"),
         ({"engine": {"slots": {16: 0}}}, "args.engine: slots is {16: 0} but must be ranks and counts of 1 or more"),
         ({"replicas": {"num_gpus": 1.5}}, "args.replicas: num_gpus is 1.5"),
+        ({"adapters": {"model": "hub:acme/x"}}, "args.model_name: an adapter is named 'model' like the base model"),
+        (
+            {"model_name": "shout", "adapter_folders": ["examples/demo/adapters"]},
+            "args.model_name: an adapter is named 'shout' like the base model",
+        ),
         ({"adapters": {"a": "s3:x"}}, "args.adapters['a']: "),
         ({"allow": ["acme/*"]}, "args.allow: 'acme/*' must start with"),
         ({"model": "/no/such/model"}, "args.model: "),
@@ -89,6 +94,16 @@ def test_a_port_that_is_taken_is_told(tmp_path):
         port = other.getsockname()[1]
         (found,) = mistakes(config(tmp_path, port))
     assert f"127.0.0.1:{port} cannot be used" in found
+
+
+def test_every_mistake_is_told():
+    names = {"model_name": "shout", "adapter_folders": ["examples/demo/adapters", "/does/not/exist"]}
+    found = list(application_mistakes({"model": "/no/such/model"} | names))
+    assert [mistake.partition(": ")[0] for mistake in found] == [
+        "args.model",
+        "args.adapter_folders",
+        "args.model_name",
+    ]
 
 
 def test_the_exit_code_stops_a_start(tmp_path):
