@@ -2,8 +2,8 @@
 
     python -m deployments.check serve_config.yaml
 
-Prints one line a mistake and exits with 1. Ray Serve itself reports a bad ``args`` in its log and keeps running, and
-shares a port that another server listens on without a word.
+Prints one line a mistake and exits with 1; a line that starts with "warning:" stops nothing. Ray Serve itself reports
+a bad ``args`` in its log and keeps running, and shares a port that another server listens on without a word.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from engine.spec import ModelSpec
 
 OURS = "deployments.app:build"
 OUR_PACKAGE = "deployments."
+SHORT_PROMPT = 64  # tokens
 
 
 def mistakes(file: Path) -> Iterator[str]:
@@ -49,7 +50,7 @@ def mistakes(file: Path) -> Iterator[str]:
         for key in sorted(map(str, set(written) - set(known))):  # Serve passes over them
             yield f"{place}.{key}: {_unknown(known)}"
         path = application.import_path
-        if path.replace(":", ".") == OURS.replace(":", "."):  # Serve takes both
+        if _is_ours(path):
             yield from application_mistakes(application.args)
         elif path.startswith(OUR_PACKAGE):
             yield f"{place}.import_path: there is no application at {path!r}: write {OURS}"
@@ -83,6 +84,31 @@ def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
         ref = AdapterRef.parse(text)
         if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():
             yield f"args.adapters[{name!r}]: there is no {CONFIG_FILE} in {store.path(ref.id)}"
+
+
+def warnings(file: Path) -> Iterator[str]:
+    """What will run in a file without mistakes, but hardly as it was meant."""
+    for application in ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications:
+        if _is_ours(application.import_path):
+            yield from application_warnings(application.args)
+
+
+def application_warnings(args: dict[str, Any]) -> Iterator[str]:
+    """The same for the ``args`` of one application."""
+    settings = FleetSettings.model_validate(args)
+    engine = settings.engine_settings()
+    if engine.num_pages is None:
+        return
+    room, wanted = engine.num_pages * engine.page_size, min(SHORT_PROMPT, settings.max_model_len())
+    if room < wanted:
+        yield (
+            f"args.engine.num_pages: {engine.num_pages} pages of {engine.page_size} tokens hold {room} tokens in all, "
+            f"less than a short prompt of {wanted}: raise num_pages, or leave it out to have it sized"
+        )
+
+
+def _is_ours(import_path: str) -> bool:
+    return import_path.replace(":", ".") == OURS.replace(":", ".")  # Serve takes both
 
 
 def _told(error: ValidationError, before: str, model: type[BaseModel]) -> Iterator[str]:
@@ -128,6 +154,9 @@ def main() -> None:
     found = list(mistakes(file))
     for mistake in found:
         print(f"{file}: {mistake}", file=sys.stderr)
+    if not found:
+        for warning in warnings(file):
+            print(f"{file}: warning: {warning}", file=sys.stderr)
     sys.exit(1 if found else 0)
 
 

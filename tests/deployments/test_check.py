@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.check import application_mistakes, mistakes
+from deployments.check import application_mistakes, application_warnings, mistakes
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +25,11 @@ def config(tmp_path, port=None, application=None, **args):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(made))
     return file
+
+
+def checked(file):
+    command = [sys.executable, "-m", "deployments.check", str(file)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_the_shipped_configuration_has_no_mistake(tmp_path):
@@ -106,11 +111,34 @@ def test_every_mistake_is_told():
     ]
 
 
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({}, None),
+        ({"num_pages": 4}, None),
+        ({"num_pages": 3}, "3 pages of 16 tokens hold 48 tokens in all, less than a short prompt of 64"),
+        ({"num_pages": 32, "page_size": 1}, "32 pages of 1 tokens hold 32 tokens in all, less than a short prompt"),
+        ({"num_pages": 2, "max_model_len": 32}, None),
+        ({"num_pages": 1, "max_model_len": 32}, "1 pages of 16 tokens hold 16 tokens in all, less than a short prompt"),
+    ],
+)
+def test_a_cache_for_less_than_a_short_prompt_is_warned_of(engine, said):
+    args = {"model": "examples/demo/model", "engine": engine}
+    assert list(application_mistakes(args)) == []
+    found = list(application_warnings(args))
+    assert len(found) == (said is not None) and all(f"args.engine.num_pages: {said}" in one for one in found), found
+
+
+def test_a_warning_stops_nothing(tmp_path):
+    file = config(tmp_path, engine={"num_pages": 1})
+    ended = checked(file)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert ended.stderr.startswith(f"{file}: warning: args.engine.num_pages: 1 pages") and ended.stderr.count("\n") == 1
+
+
 def test_the_exit_code_stops_a_start(tmp_path):
     file = config(tmp_path, engine={"max_row": 4})
-    ended = subprocess.run(
-        [sys.executable, "-m", "deployments.check", str(file)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    ended = checked(file)
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"{file}: args.engine.max_row: unknown key")
     assert "Traceback" not in ended.stderr
