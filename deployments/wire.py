@@ -44,7 +44,7 @@ def decode(item: dict[str, Any], model: str) -> GenerationChunk:
     if kind is None:
         return GenerationChunk.from_dict(item)
     if kind == InvalidRequest.__name__:
-        raise InvalidRequest(item["message"], item["param"], item["code"])
+        raise InvalidRequest(item["message"], item["param"], item.get("code"))
     if kind in _PLAIN_ERRORS:
         raise _PLAIN_ERRORS[kind](item["message"])
     raise _ADAPTER_ERRORS[kind](model, item["reason"])
