@@ -52,8 +52,6 @@ def step_inputs(
     arrays = _step_arrays(rows, page_size, max(len(row.sequence.pages) for row in rows))
     arrays |= _sampling_arrays([row for row in rows if row.samples])
     tensors = to_device(arrays, device)
-    lora_indices = arrays["lora_indices"]
-    with_lora = np.flatnonzero(lora_indices[: plan.num_decode] >= 0)
     sampling = SamplingInputs(**{name: tensors.pop(name) for name in SamplingInputs.names()})
     awaited = tensors.pop("awaited")
     if drawn is not None:
@@ -61,9 +59,9 @@ def step_inputs(
     inputs = StepInputs(
         **tensors,
         num_decode_rows=plan.num_decode,
-        num_lora_rows=int(with_lora[-1]) + 1 if with_lora.size else 0,
+        num_lora_rows=plan.num_lora_rows,
         max_query_len=max((row.end - row.start for row in rows[plan.num_decode :]), default=0),
-        has_lora=bool((lora_indices >= 0).any()),
+        has_lora=plan.has_lora,
     )
     return inputs, sampling
 
@@ -95,10 +93,10 @@ def padded_arrays(plan: StepPlan, shape: StepShape, max_pages: int, page_size: i
 
     Named as the fields of StepInputs and SamplingInputs; ``awaited`` is for :func:`with_drawn`.
     """
-    parts = []
-    for rows in (plan.rows[: plan.num_decode], plan.rows[plan.num_decode :]):
-        parts.append(_step_arrays(rows, page_size, max_pages) | _sampling_arrays(rows))
-    decode, prefill = parts
+    decode, prefill = (
+        _step_arrays(rows, page_size, max_pages) | _sampling_arrays(rows)
+        for rows in (plan.rows[: plan.num_decode], plan.rows[plan.num_decode :])
+    )
     starts = shape.decode_rows + prefill["query_starts"]  # of the chunks, and where the last one ends
     ends = np.full(shape.prefill_rows - len(starts) + 1, starts[-1], dtype=np.int32)
     own = {"query_starts", "logit_tokens"}
@@ -109,8 +107,7 @@ def padded_arrays(plan: StepPlan, shape: StepShape, max_pages: int, page_size: i
             [_padded(name, decode[name], shape.decode_rows), _padded(name, prefill[name], more)]
         )
     arrays["query_starts"] = np.concatenate([np.arange(shape.decode_rows, dtype=np.int32), starts, ends])
-    last = np.maximum(arrays["query_starts"][1:] - 1, 0).astype(np.int64)
-    arrays["logit_tokens"] = last
+    arrays["logit_tokens"] = np.maximum(arrays["query_starts"][1:] - 1, 0).astype(np.int64)
     return arrays
 
 
@@ -133,8 +130,10 @@ def _step_arrays(rows: Sequence[PlannedRow], page_size: int, max_pages: int) -> 
     for row in rows:
         tokens = row.sequence.tokens[row.start : row.end]
         assert PENDING not in tokens[:-1]
-        awaited += [-1] * (len(tokens) - 1) + [row.sequence.awaited if tokens[-1] == PENDING else -1]
-        token_ids += [max(token, 0) for token in tokens]
+        awaited += [-1] * len(tokens)
+        if tokens[-1] == PENDING:
+            awaited[-1], tokens[-1] = row.sequence.awaited, 0
+        token_ids += tokens
         positions += range(row.start, row.end)
         _add_kv_slots(kv_slots, row, page_size)
         query_starts.append(len(token_ids))
@@ -178,6 +177,23 @@ def places(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
     return starts, size
 
 
+def write_arrays(host: Tensor, starts: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> None:
+    """Put each array at its place in ``host``, (bytes,) uint8 on the CPU."""
+    filled = host.numpy()
+    for name, start in starts.items():
+        filled[start : start + arrays[name].nbytes] = arrays[name].reshape(-1).view(np.uint8)
+
+
+def array_views(buffer: Tensor, starts: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Each array's place in ``buffer``, (bytes,) uint8, as a tensor of its shape and type."""
+    return {
+        name: buffer[start : start + arrays[name].nbytes]
+        .view(torch.from_numpy(arrays[name]).dtype)
+        .view(arrays[name].shape)
+        for name, start in starts.items()
+    }
+
+
 def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """The arrays as tensors on ``device``. On CUDA all of them share one pinned buffer and one copy."""
     if device.type == "cpu":
@@ -185,14 +201,8 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     starts, size = places(arrays)
     # A fresh buffer each step: torch keeps it from being reused before the copy has read it.
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    filled = host.numpy()
-    for name, array in arrays.items():
-        filled[starts[name] : starts[name] + array.nbytes] = array.reshape(-1).view(np.uint8)
-    sent = host.to(device, non_blocking=True)
-    return {
-        name: sent[starts[name] : starts[name] + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-        for name, array in arrays.items()
-    }
+    write_arrays(host, starts, arrays)
+    return array_views(host.to(device, non_blocking=True), starts, arrays)
 
 
 def _add_kv_slots(kv_slots: list[int], row: PlannedRow, page_size: int) -> None:

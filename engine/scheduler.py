@@ -42,6 +42,17 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(row.end - row.start for row in self.rows)
 
+    @property
+    def num_lora_rows(self) -> int:
+        """Decode rows up to the last that has an adapter."""
+        decode = enumerate(self.rows[: self.num_decode], 1)
+        return max((number for number, row in decode if row.sequence.lora_index >= 0), default=0)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether any row has an adapter."""
+        return any(row.sequence.lora_index >= 0 for row in self.rows)
+
 
 class Scheduler:
     """Continuous batching with chunked prefill under a token, a row, a page and a slot budget.

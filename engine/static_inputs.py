@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import places
+from engine.batch import array_views, places, write_arrays
 
 
 class StaticInputs:
@@ -25,12 +25,7 @@ class StaticInputs:
         self._hosts = [torch.zeros(size, dtype=torch.uint8, pin_memory=cuda) for _ in range(2 if cuda else 1)]
         self._copied = [torch.cuda.Event() for _ in self._hosts] if cuda else []
         self._turn = 0
-        self.views: dict[str, Tensor] = {
-            name: self._buffer[start : start + arrays[name].nbytes]
-            .view(torch.from_numpy(arrays[name]).dtype)
-            .view(arrays[name].shape)
-            for name, start in self._starts.items()
-        }
+        self.views: dict[str, Tensor] = array_views(self._buffer, self._starts, arrays)
         self.fill(arrays)
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -39,10 +34,7 @@ class StaticInputs:
         host = self._hosts[self._turn]
         if self._copied:
             self._copied[self._turn].synchronize()  # of the step before the last: long done
-        filled = host.numpy()
-        for name, start in self._starts.items():
-            array = arrays[name]
-            filled[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        write_arrays(host, self._starts, arrays)
         self._buffer.copy_(host, non_blocking=True)
         if self._copied:
             self._copied[self._turn].record()

@@ -115,10 +115,9 @@ class StepGraphs:
         return Drawn(step.ids, step.logprobs, self._logits[: shape.rows], places)
 
     def _level(self, plan: StepPlan, shape: StepShape) -> int:
-        adapters = [row.sequence.lora_index >= 0 for row in plan.rows]
-        if not any(adapters):
+        if not plan.has_lora:
             return -1
-        decode = max((number for number, has in enumerate(adapters[: plan.num_decode], 1) if has), default=0)
+        decode = plan.num_lora_rows
         return next(level for level in _lora_levels(shape) if level >= decode)
 
     def _capture(self, shape: StepShape, level: int) -> _Step:
