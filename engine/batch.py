@@ -13,6 +13,7 @@ from engine.request import SamplingParams
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import PENDING
 from engine.step import StepInputs
+from engine.step_shapes import StepShape
 from kernels.sampling import sample_with_logprob
 
 _ALIGNMENT = 16  # bytes; every array starts where any of its element types may
@@ -64,24 +65,6 @@ def step_inputs(
         has_lora=plan.has_lora,
     )
     return inputs, sampling
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What a step is padded to: decode rows, then prefill chunks with so many tokens together."""
-
-    decode_rows: int
-    prefill_rows: int
-    prefill_tokens: int
-
-    @property
-    def rows(self) -> int:
-        return self.decode_rows + self.prefill_rows
-
-    def places(self, plan: StepPlan) -> list[int]:
-        """The row of the padded step that each row of ``plan`` becomes."""
-        prompts = len(plan.rows) - plan.num_decode
-        return [*range(plan.num_decode), *range(self.decode_rows, self.decode_rows + prompts)]
 
 
 _PADDING = {"kv_slots": -1, "lora_indices": -1, "awaited": -1, "top_p": 1}  # others are padded with 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from engine.rehearsal import rehearse
 from engine.runner import Runner
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
-from engine.step_graphs import step_shapes
+from engine.step_shapes import StepShape, prefill_buckets, step_shapes
 from engine.tokenizer import Tokenizer
 from engine.weights import load_weights, random_weights
 
@@ -77,13 +77,13 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     num_pages = _num_pages(settings, model, max_model_len, activation_bytes + graph_bytes)
     runner.kv = model.new_kv_cache(num_pages, settings.page_size)
     if graph_bytes:
-        _capture(runner, settings, max_model_len)
+        _capture(runner, settings, max_model_len, _captured_shapes(settings))
     pages = PagePool(num_pages, settings.page_size, runner.poison if settings.poison else None)
     if settings.poison:
         runner.poison(range(num_pages))
     _log.info(
-        "%s on %s in %s: weights %s, adapter slots %s (%s), KV cache %s (%d pages of %d tokens), "
-        "one step %s, graphs of its decode steps %s; ready in %.1f s",
+        "%s on %s in %s: weights %s, adapter slots %s (%s), KV cache %s (%d tokens in pages of %d), "
+        "one step %s, CUDA graphs %s (%d); ready in %.1f s",
         spec.name,
         device,
         str(dtype).removeprefix("torch."),
@@ -91,10 +91,11 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
         _size(0 if slots is None else slots.arena.nbytes),
         ", ".join(f"{count} of rank {rank}" for rank, count in settings.slots) or "none",
         _size(num_pages * _page_bytes(model, settings.page_size)),
-        num_pages,
+        num_pages * settings.page_size,
         settings.page_size,
         _size(activation_bytes) if activation_bytes else "not measured",
-        _size(graph_bytes) if graph_bytes else "none",
+        _size(graph_bytes),
+        0 if runner.graphs is None else len(runner.graphs),
         time.perf_counter() - started,
     )
     eos = {*spec.eos_token_ids, *(() if tokenizer is None else tokenizer.eos_token_ids)}
@@ -189,19 +190,33 @@ def _step_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) ->
 
 
 def _graph_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) -> int:
-    """GPU memory that the captured decode steps hold. Captured to know it, and again over the real KV cache."""
+    """GPU memory that the captured steps will hold, by the largest of them and what the next few add to it.
+
+    They are captured over the real KV cache later, which is made of the memory that they leave.
+    """
     device = runner.model.device
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before, _ = torch.cuda.mem_get_info(device)
-    _capture(runner, settings, max_model_len)
-    after, _ = torch.cuda.mem_get_info(device)
+    shapes = _captured_shapes(settings)
+    held: list[int] = []
+    for count in (1, 4):
+        runner.graphs = None
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        before, _ = torch.cuda.mem_get_info(device)
+        _capture(runner, settings, max_model_len, shapes[:count])
+        held.append(before - torch.cuda.mem_get_info(device)[0])
     runner.graphs = None
-    return max(before - after, 1)
+    largest, four = held
+    return max(largest + max(four - largest, 0) * (len(shapes) - 1) // 3, 1)
 
 
-def _capture(runner: Runner, settings: EngineSettings, max_model_len: int) -> None:
-    shapes = step_shapes(settings.max_rows, settings.graph_prefill_tokens)
+def _captured_shapes(settings: EngineSettings) -> list[StepShape]:
+    prompts = settings.graph_prefill_tokens
+    if prompts is None:
+        prompts = prefill_buckets(settings.max_batch_tokens)
+    return step_shapes(settings.max_rows, prompts, settings.max_mixed_tokens)
+
+
+def _capture(runner: Runner, settings: EngineSettings, max_model_len: int, shapes: Sequence[StepShape]) -> None:
     runner.capture(shapes, -(-max_model_len // settings.page_size))
 
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 
 from adapter_store.slots import SlotPool
-from engine.batch import StepShape, step_inputs
+from engine.batch import step_inputs
 from engine.flight import Flight
 from engine.model import DecoderModel
 from engine.scheduler import StepPlan
 from engine.step import Drawn, KVCache, LoraState
 from engine.step_graphs import StepGraphs
+from engine.step_shapes import StepShape
 from kernels.lora_group import packed_rank
 
 

@@ -77,7 +77,7 @@ class Scheduler:
         max_mixed_tokens: int | None = None,
         prefix_cache: bool = False,
     ) -> None:
-        """max_mixed_tokens: most prefill tokens beside decoding rows. The rest as in EngineSettings."""
+        """Settings as in EngineSettings."""
         self.pages = pages
         self.slots = slots
         self.max_rows = max_rows
@@ -115,8 +115,8 @@ class Scheduler:
         decode = sorted(self._decode_rows(), key=lambda row: row.sequence.lora_index, reverse=True)
         prefill: list[PlannedRow] = []
         budget = self.max_batch_tokens - len(decode)
-        if decode:  # a step is as slow for them as its prefill is long
-            budget = min(budget, self.max_mixed_tokens)
+        if decode:
+            budget = min(budget, self._mixed_budget(len(decode)))
         for sequence in self.running:
             if not sequence.decoding:
                 budget -= self._add_chunk(prefill, sequence, budget)
@@ -129,6 +129,13 @@ class Scheduler:
             self.slots.wait(first.slot)
             self._add_chunk(prefill, first, budget, ready=True)
         return StepPlan((*decode, *prefill), len(decode), tuple(self._lost()))
+
+    def _mixed_budget(self, decoding: int) -> int:
+        """Prefill tokens beside so many decoding rows. A step is as slow for them as its prefill is long, and as long
+        as more rows wait for their first token than for their next, a longer one makes less waiting in all."""
+        room = self.max_rows - len(self.running)
+        late = len(self.running) - decoding + min(len(self.waiting), room)
+        return self.max_mixed_tokens * max(late, decoding) // decoding
 
     def _decode_rows(self) -> Iterator[PlannedRow]:
         for sequence in list(self.running):

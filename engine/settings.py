@@ -24,7 +24,8 @@ class EngineSettings:
     from ``max_rows`` full contexts, at most 1 GiB.
     kv_memory_fraction: share of the GPU memory left after weights, slots and one full step that KV may take.
     max_rows: most requests in one step. max_batch_tokens: most tokens in one step (prefill chunk budget).
-    max_mixed_tokens: most prefill tokens in a step in which other rows decode, and wait for it.
+    max_mixed_tokens: most prefill tokens in a step in which other rows decode, and wait for it; more by as much as
+    more rows wait for their first token than decode.
     prefix_cache: requests of one adapter whose tokens begin alike compute the common part once.
     max_waiting: requests beyond ``max_rows`` that may queue; one more raises EngineOverloaded.
     slots: adapter slots as ``{rank: count}`` (a mapping or pairs), each holding one adapter up to that rank.
@@ -33,7 +34,8 @@ class EngineSettings:
     brought here from elsewhere at the same time.
     max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it.
     cuda_graphs: on a GPU, decode steps are captured at the start and replayed, padded to some numbers of rows.
-    graph_prefill_tokens: capture also steps with prompts in them, of up to so many tokens in all.
+    graph_prefill_tokens: numbers of prompt tokens that steps with prompts are captured for; None takes them up to
+    ``max_batch_tokens``. A step that fits none is launched kernel by kernel, which takes the host tens of milliseconds.
     cpu_threads: torch threads of the step loop; None leaves torch's choice.
     seed: draws the seeds of requests without one, and the weights of ``load_random_weights``; None is random.
     load_random_weights: benchmark with ``config.json`` alone.
@@ -52,7 +54,7 @@ class EngineSettings:
     kv_memory_fraction: float = 0.9
     max_rows: int = 64
     max_batch_tokens: int = 2048
-    max_mixed_tokens: int = 512
+    max_mixed_tokens: int = 256
     prefix_cache: bool = True
     max_waiting: int = 256
     slots: tuple[tuple[int, int], ...] = ((16, 32), (64, 4))
@@ -61,7 +63,7 @@ class EngineSettings:
     download_threads: int = 32
     max_overtakes: int = 64
     cuda_graphs: bool = True
-    graph_prefill_tokens: tuple[int, ...] = ()
+    graph_prefill_tokens: tuple[int, ...] | None = None
     cpu_threads: int | None = None
     seed: int | None = None
     load_random_weights: bool = False
@@ -75,7 +77,8 @@ class EngineSettings:
         except (TypeError, ValueError) as error:
             raise ValueError(f"slots is {written!r}: write ranks and counts, such as {{16: 32, 64: 4}}") from error
         object.__setattr__(self, "slots", slots)
-        object.__setattr__(self, "graph_prefill_tokens", tuple(self.graph_prefill_tokens))
+        if self.graph_prefill_tokens is not None:
+            object.__setattr__(self, "graph_prefill_tokens", tuple(self.graph_prefill_tokens))
         ranks = [rank for rank, _ in slots]
         at_least_one = (
             "page_size",
@@ -97,7 +100,7 @@ class EngineSettings:
             ),
             (
                 "graph_prefill_tokens",
-                all(0 < tokens <= self.max_batch_tokens for tokens in self.graph_prefill_tokens),
+                all(0 < tokens <= self.max_batch_tokens for tokens in self.graph_prefill_tokens or ()),
                 f"numbers between 1 and max_batch_tokens ({self.max_batch_tokens})",
             ),
             ("max_waiting", self.max_waiting >= 0, "0 or more"),

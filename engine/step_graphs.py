@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.batch import SamplingInputs, StepShape, padded_arrays, with_drawn
+from engine.batch import SamplingInputs, padded_arrays, with_drawn
 from engine.model import DecoderModel
 from engine.scheduler import StepPlan
 from engine.static_inputs import StaticInputs
 from engine.step import Drawn, KVCache, LoraState, StepInputs
-
-_PROMPTS = 8  # prefill chunks that a captured step has room for
+from engine.step_shapes import StepShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +25,6 @@ class _Step:
     ids: Tensor
     logprobs: Tensor
     graph: torch.cuda.CUDAGraph | None
-
-
-def row_buckets(max_rows: int) -> list[int]:
-    """Numbers of rows that decode steps are captured for: padded by less than 8 rows, or less than a fifth."""
-    buckets = [rows for rows in (1, 2, 4, *range(8, 64, 8), *range(64, max_rows, 16)) if rows < max_rows]
-    return [*buckets, max_rows]
-
-
-def step_shapes(max_rows: int, prefill_tokens: Sequence[int]) -> list[StepShape]:
-    """Decode steps of :func:`row_buckets`, and steps with up to 8 prefill chunks of so many tokens together beside no,
-    few or many decoding rows."""
-    decode = [StepShape(rows, 0, 0) for rows in row_buckets(max_rows)]
-    beside = [0, *(rows for rows in (8, 16, 32) if rows < max_rows), max_rows]
-    return decode + [StepShape(rows, _PROMPTS, tokens) for tokens in prefill_tokens for rows in beside]
 
 
 def _lora_levels(shape: StepShape) -> list[int]:
@@ -76,30 +60,28 @@ class StepGraphs:
         step before where the host does not know them. max_pages: KV pages of the longest row.
         """
         self.model, self.kv, self.lora, self._drawn = model, kv, lora, drawn
-        self._decode = sorted(shape.decode_rows for shape in shapes if not shape.prefill_rows)
-        self._mixed = sorted({(shape.prefill_tokens, shape.decode_rows) for shape in shapes if shape.prefill_rows})
+        self._shapes = sorted(shapes, key=lambda shape: (shape.prefill_tokens, shape.decode_rows))
         most = max(shape.rows for shape in shapes)
         self._logits = torch.empty((most, model.spec.vocab_size), dtype=model.dtype, device=model.device)
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._static: dict[StepShape, StaticInputs] = {}
         self._steps: dict[tuple[StepShape, int], _Step] = {}
         # The largest first: the others then fit into its memory.
-        for shape in sorted(shapes, key=lambda shape: shape.decode_rows + shape.prefill_tokens, reverse=True):
+        for shape in sorted(shapes, key=lambda shape: shape.tokens, reverse=True):
             arrays = padded_arrays(StepPlan((), 0), shape, max_pages, kv.page_size)
             self._static[shape] = StaticInputs(arrays, model.device)
             for level in _lora_levels(shape) if lora is not None else (-1,):
                 self._steps[shape, level] = self._capture(shape, level)
 
+    def __len__(self) -> int:
+        """How many steps are captured."""
+        return len(self._steps)
+
     def shape_of(self, plan: StepPlan) -> StepShape | None:
-        """The captured shape that holds ``plan`` with the least padding; None when none does."""
-        prompts = len(plan.rows) - plan.num_decode
-        if not prompts:
-            place = bisect_left(self._decode, plan.num_decode)
-            return StepShape(self._decode[place], 0, 0) if place < len(self._decode) else None
-        tokens = plan.num_tokens - plan.num_decode
-        fits = (shape for shape in self._mixed if shape[0] >= tokens and shape[1] >= plan.num_decode)
-        found = next(fits, None) if prompts <= _PROMPTS else None
-        return None if found is None else StepShape(found[1], _PROMPTS, found[0])
+        """The captured shape that holds ``plan`` with the fewest prompt tokens; None when none does."""
+        prefill = len(plan.rows) > plan.num_decode
+        fits = (shape for shape in self._shapes if shape.holds(plan) and prefill == (shape.prefill_rows > 0))
+        return next(fits, None)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, shape: StepShape) -> Drawn:

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.slots import Slot
-from engine.batch import StepShape, padded_arrays, step_inputs, to_device
+from engine.batch import padded_arrays, step_inputs, to_device
 from engine.request import GenerationRequest, SamplingParams
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence
+from engine.step_shapes import StepShape
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 PAGE = 4

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused
 from adapter_store.settings import StoreSettings
 from engine.request import GenerationChunk, GenerationRequest, InvalidRequest
-from engine.step_graphs import step_shapes
+from engine.step_shapes import step_shapes
 from tests.engine.engines import answer, answers, ask, assert_same, expected, running, settings_for
 from tests.engine.oracle import ATTENTION, MLP, TinyAdapter, TinyModel
 
@@ -100,7 +100,8 @@ async def test_law_1_and_2_hold_in_padded_steps(model: TinyModel, adapters: list
     settings = settings_for(model, adapters, max_batch_tokens=40, max_mixed_tokens=7, slots={16: 2}, num_pages=24)
     async with running(settings) as engine:
         parts = engine.parts
-        parts.runner.capture(step_shapes(settings.max_rows, (8, 40)), -(-parts.max_model_len // settings.page_size))
+        shapes = step_shapes(settings.max_rows, (8, 16, 40), settings.max_mixed_tokens)
+        parts.runner.capture(shapes, -(-parts.max_model_len // settings.page_size))
         assert parts.runner.graphs is not None
         got = await answers(engine, requests)
         assert engine.stats().slot_evictions > 0

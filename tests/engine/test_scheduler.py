@@ -41,6 +41,20 @@ def test_prefill_beside_decoding_rows_is_bounded() -> None:
     line.run()
 
 
+def test_prefill_may_take_longer_where_more_rows_wait_for_it_than_decode() -> None:
+    line = Line(tokens=64, mixed=4, rows=8)
+    line.add("a", prompt=4, new=16)
+    line.step()
+    for name in "bcdefghijk":
+        line.add(name, prompt=8)
+    line.step()
+    assert sum(end - start for _, start, end in line.steps[-1][1:]) == 7 * 4, "seven rows wait that there is room for"
+    line.step()
+    assert line.steps[1][1:] == [("b", 0, 8), ("c", 0, 8), ("d", 0, 8), ("e", 0, 4)]
+    assert line.steps[2][4:] == [("e", 4, 8)], "as many decode as wait"
+    line.run()
+
+
 def test_rows_are_limited_and_served_in_order_of_arrival() -> None:
     line = Line(rows=2)
     for name in "abcd":

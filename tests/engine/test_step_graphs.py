@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from adapter_store.slots import Slot
-from engine.batch import StepShape
 from engine.flight import SampledToken
 from engine.request import GenerationRequest, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import Sequence
-from engine.step_graphs import row_buckets, step_shapes
+from engine.step_shapes import StepShape, prefill_buckets, row_buckets, step_shapes
 from tests.engine.oracle import TinyAdapter, TinyModel, build_tiny_model
 from tests.engine.served import Served, prompt, serve
 
@@ -232,9 +231,33 @@ def test_buckets_reach_the_most_rows_and_waste_little(most: int) -> None:
         assert padded - rows < max(8, 0.2 * rows + 8)
 
 
-def test_shapes_with_prompts() -> None:
-    assert step_shapes(64, ()) == [StepShape(rows, 0, 0) for rows in row_buckets(64)]
-    mixed = step_shapes(64, (128, 512))[len(row_buckets(64)) :]
-    assert {shape.decode_rows for shape in mixed} == {0, 8, 16, 32, 64}
-    assert {shape.prefill_tokens for shape in mixed} == {128, 512}
-    assert {shape.prefill_rows for shape in mixed} == {8}
+@pytest.mark.parametrize("most", [1, 100, 128, 200, 2048, 3000, 8192])
+def test_prompts_are_padded_by_less_than_half(most: int) -> None:
+    buckets = prefill_buckets(most)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == most
+    for tokens in range(1, most + 1):
+        padded = min(bucket for bucket in buckets if bucket >= tokens)
+        assert padded - tokens < max(128, tokens / 2)
+
+
+def test_every_step_with_prompts_has_a_shape() -> None:
+    """Whatever the scheduler plans within its budgets, up to 8 prompts at least."""
+    rows, mixed, most = 64, 256, 2048
+    shapes = step_shapes(rows, prefill_buckets(most), mixed)
+    assert shapes == sorted(shapes, key=lambda shape: shape.tokens, reverse=True)
+    with_prompts = [shape for shape in shapes if shape.prefill_rows]
+    assert min(shape.prefill_rows for shape in with_prompts) == 8
+    assert max(shape.prefill_rows for shape in with_prompts) <= rows
+    for decoding in range(rows):
+        late = rows - decoding
+        budget = min(most, mixed * max(late, decoding) // decoding if decoding else most)
+        for tokens in {1, 127, 128, 129, 256, 257, 700, budget}:
+            fits = [shape for shape in with_prompts if shape.prefill_tokens >= tokens and shape.decode_rows >= decoding]
+            assert tokens > budget or min(shape.prefill_tokens for shape in fits) == min(
+                bucket for bucket in prefill_buckets(most) if bucket >= tokens
+            )
+
+
+def test_shapes_without_prompts() -> None:
+    assert step_shapes(64, (), 256) == [StepShape(bucket, 0, 0) for bucket in reversed(row_buckets(64))]
