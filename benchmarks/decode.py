@@ -51,6 +51,10 @@ async def run(arguments: argparse.Namespace, folder: Path) -> Report:
         settings["max_batch_tokens"] = max(8192, *arguments.batch)
     if arguments.batch_tokens:
         settings["max_batch_tokens"] = arguments.batch_tokens
+    if arguments.graph_prefill:
+        settings["graph_prefill_tokens"] = tuple(arguments.graph_prefill)
+    if arguments.mixed_tokens:
+        settings["max_mixed_tokens"] = arguments.mixed_tokens
     rows: list[Row] = []
     async with random_engine(
         folder, arguments.shape, arguments.adapters, arguments.rank, max_model_len=longest + 16, **settings
@@ -58,6 +62,8 @@ async def run(arguments: argparse.Namespace, folder: Path) -> Report:
         if not arrivals:
             batches = DecodeBatches(arguments.dist, arguments.batch, arguments.rank, arguments.prompt, arguments.tokens)
             rows += await batches.measure(made, device)
+            if arguments.trace:
+                await batches.trace(made)
         measured = DecodeArrivals(arguments.rows, arguments.rank, arguments.prompt)
         if arguments.arrivals:
             rows.append(await measured.short(made, arguments.arrivals))
@@ -80,6 +86,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
     parser.add_argument(
         "--batch-tokens", type=int, help="the engine's max_batch_tokens (default: its own; with batches 8192 or more)"
+    )
+    parser.add_argument("--graph-prefill", type=_numbers, help="the engine's graph_prefill_tokens, comma separated")
+    parser.add_argument("--mixed-tokens", type=int, help="the engine's max_mixed_tokens (default: its own)")
+    parser.add_argument(
+        "--trace", action="store_true", help="on a GPU, also print its idle time and kernels at the largest batch"
     )
     parser.add_argument(
         "--arrivals", type=int, nargs="?", const=32, metavar="COUNT", help="short prompts that arrive (default 32)"

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.distributions import choose_adapters
+from benchmarks.gpu_trace import GpuTrace
 from benchmarks.percentile import percentile
 from benchmarks.random_engine import RandomEngine
 from benchmarks.report import Row
+from benchmarks.running_rows import RunningRows
 from benchmarks.timeline import Timeline
 from benchmarks.timing import copy_bandwidth
 from engine.lora_targets import adapter_layout
 from engine.spec import ModelSpec
+
+_TRACED = 24  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,17 @@ class DecodeBatches:
                 rows.append(row | {"floor_ms": floor, "start_s": made.start_s, "copy_tb_s": bandwidth / 1e12})
                 print(rows[-1], flush=True)
         return with_added_cost(rows)
+
+    async def trace(self, made: RandomEngine) -> None:
+        """Trace the GPU while rows of the largest batch decode, for each distribution, and print what it did."""
+        for distribution in self.distributions:
+            numbers = choose_adapters(distribution, max(self.batches), len(made.adapters), random.Random(0))
+            chosen = [None if number < 0 else made.adapters[number] for number in numbers]
+            requests = [made.request(name, self.prompt, self.tokens) for name in chosen]
+            async with RunningRows(made.engine, requests, 4) as running:
+                with GpuTrace() as trace:
+                    await running.steps(_TRACED)
+            print(f"{distribution}, batch {len(chosen)}: {trace.steps().table()}", flush=True)
 
 
 def summarize(lines: Sequence[Timeline]) -> Row:
