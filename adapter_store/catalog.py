@@ -1,69 +1,63 @@
-"""Which adapters there are and what a client may name."""
+"""Which adapters there are, what a client may name, and the content behind each name."""
 
 from __future__ import annotations
 
-import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
-from pathlib import Path
+from dataclasses import replace
 
 from adapter_store.checkpoint_files import CheckpointFiles
-from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
-from adapter_store.errors import AdapterNotFound
 from adapter_store.hub_source import HubSource
 from adapter_store.local_source import LocalSource
+from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, AdapterSource, ResolvedAdapter
 
-_log = logging.getLogger(__name__)
+_MAX_KNOWN = 16_384  # references whose digest is remembered for listings; a few hundred bytes each
 
 
 class Catalog:
-    """Names to content. Thread-safe.
-
-    A name is looked up, in this order, among the adapters of the settings, among the sub-folders of the settings'
-    folders, and, when it is a reference such as ``hub:acme/x@v1``, in the allow-list. Nothing a client sends is ever
-    joined to a path unless it is the plain name of a sub-folder, and a sub-folder whose files lie outside its folder
-    (through links) does not exist for clients.
-    """
+    """Names to content. Thread-safe; what there is can be changed while it is used (see ``AdapterNames``)."""
 
     def __init__(self, settings: StoreSettings) -> None:
         """Raises ValueError when a folder of the settings does not exist."""
         self._settings = settings
-        self._declared = {name: self.rooted(AdapterRef.parse(ref)) for name, ref in settings.adapters.items()}
-        self._folders = [settings.path(folder) for folder in settings.folders]
-        for folder in self._folders:
-            if not folder.is_dir():
-                raise ValueError(f"folders: {str(folder)!r} is not a folder; create it or correct the setting")
+        self._runtime: Mapping[str, AdapterRef] = {}
+        self._names = AdapterNames(settings)
         self._sources: Mapping[str, AdapterSource] = {"local": LocalSource(), "hub": HubSource(settings)}
         self._lock = threading.Lock()
-        self._scans: dict[Path, tuple[int, tuple[str, ...]]] = {}
+        self._known: OrderedDict[AdapterRef, str] = OrderedDict()  # digest by the reference that was asked for
+
+    def reconfigure(self, settings: StoreSettings) -> None:
+        """Take over ``adapters``, ``folders`` and ``allow``; everything else stays as it was.
+
+        Raises ValueError when they hold a mistake or a folder that does not exist; nothing has changed then.
+        """
+        changed = replace(
+            self._settings, adapters=dict(settings.adapters), folders=settings.folders, allow=settings.allow
+        )
+        with self._lock:
+            self._names = AdapterNames(changed).with_runtime(self._runtime)
+            self._settings = changed
+
+    def declare(self, runtime: Mapping[str, AdapterRef]) -> None:
+        """Replace the adapters that were declared at run time; the settings' own come first where names are equal."""
+        with self._lock:
+            self._runtime = dict(runtime)
+            self._names = self._names.with_runtime(self._runtime)
 
     def names(self) -> list[str]:
         """Every adapter that has a name, sorted: declared ones and those found in folders now."""
-        found = set(self._declared)
-        for folder in self._folders:
-            found.update(self._scan(folder))
-        return sorted(found)
+        return self._names.names()
 
     def find(self, name: str) -> AdapterRef:
         """Where the adapter a client calls ``name`` is kept. Raises AdapterNotFound; touches no network."""
-        declared = self._declared.get(name)
-        if declared is not None:
-            return declared
-        for folder in self._folders:
-            if _is_plain_name(name) and _holds_adapter(folder, name):
-                return AdapterRef("local", str(folder / name))
-        if name.startswith(("hub:", "local:")):
-            return self._allowed(name)
-        known = self.names()
-        some = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-        raise AdapterNotFound(
-            name,
-            f"there is no adapter of this name; known ones: {some or 'none'}; "
-            "declare it under adapters or put it in an adapter folder",
-        )
+        return self._names.find(name).ref
+
+    def named(self, name: str) -> NamedAdapter:
+        """The same, with where the name comes from."""
+        return self._names.find(name)
 
     def resolve(self, name: str) -> ResolvedAdapter:
         """Find the content that a client's ``name`` means now.
@@ -75,7 +69,23 @@ class Catalog:
 
     def resolve_ref(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
         """The same for a reference that is trusted, such as one that this catalog gave out."""
-        return self._sources[ref.source].resolve(name, self.rooted(ref))
+        ref = self.rooted(ref)
+        resolved = self._sources[ref.source].resolve(name, ref)
+        with self._lock:
+            self._known[ref] = resolved.digest
+            self._known.move_to_end(ref)
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+        return resolved
+
+    def known_digest(self, ref: AdapterRef) -> str | None:
+        """What ``ref`` meant when it was last resolved here; None when it was not. Asks nobody."""
+        with self._lock:
+            return self._known.get(self.rooted(ref))
+
+    def forget(self, ref: AdapterRef) -> None:
+        """Have the next ``resolve`` of this reference ask its source, whatever was remembered."""
+        self._sources[ref.source].forget(self.rooted(ref))
 
     def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
         """The files of ``resolved``, brought here if need be; see ``AdapterSource.fetch``."""
@@ -92,60 +102,4 @@ class Catalog:
 
     def rooted(self, ref: AdapterRef) -> AdapterRef:
         """The reference with a local path made absolute, as the settings' other paths are."""
-        return AdapterRef("local", str(self._settings.path(ref.id))) if ref.source == "local" else ref
-
-    def _allowed(self, name: str) -> AdapterRef:
-        try:
-            ref = AdapterRef.parse(name)
-        except ValueError as error:
-            raise AdapterNotFound(name, str(error)) from error
-        if ref.source == "local":
-            # Judged by where it really is, so that neither ".." nor a link leads out of an allowed folder.
-            ref = AdapterRef("local", str(Path(ref.id).resolve())) if Path(ref.id).is_absolute() else ref
-            inside = _files_inside(Path(ref.id), Path(ref.id))
-        else:
-            inside = True
-        bare = f"{ref.source}:{ref.id}"
-        if not inside or not any(fnmatchcase(bare, p) or fnmatchcase(str(ref), p) for p in self._settings.allow):
-            raise AdapterNotFound(name, "clients may not name this reference; the operator can add it to allow")
-        return ref
-
-    def _scan(self, folder: Path) -> tuple[str, ...]:
-        """Names in a folder. The folder's own modification time says whether an entry came or went; a sub-folder that
-        is still being filled keeps the listing from being remembered."""
-        try:
-            stamp = folder.stat().st_mtime_ns
-            with self._lock:
-                known = self._scans.get(folder)
-            if known is not None and known[0] == stamp:
-                return known[1]
-            entries = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        except OSError as error:
-            _log.warning("adapter folder %s cannot be listed: %s", folder, error.strerror)
-            return ()
-        names = tuple(name for name in entries if _is_plain_name(name) and _holds_adapter(folder, name))
-        with self._lock:
-            if len(names) == len(entries):
-                self._scans[folder] = (stamp, names)
-            else:
-                self._scans.pop(folder, None)
-        return names
-
-
-def _is_plain_name(name: str) -> bool:
-    return bool(name) and not name.startswith(".") and not any(c in name for c in "/\\\0")
-
-
-def _holds_adapter(folder: Path, name: str) -> bool:
-    try:
-        if not (folder / name / CONFIG_FILE).is_file():
-            return False
-    except OSError:  # a name longer than the file system allows
-        return False
-    return _files_inside(folder / name, folder)
-
-
-def _files_inside(adapter: Path, folder: Path) -> bool:
-    """Whether the adapter's files, all links followed, lie in ``folder``."""
-    root = folder.resolve()
-    return all((adapter / file).resolve().is_relative_to(root) for file in (CONFIG_FILE, WEIGHTS_FILE))
+        return self._names.rooted(ref)

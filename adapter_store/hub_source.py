@@ -84,6 +84,13 @@ class HubSource:
         """Whether the content was downloaded before; unknown content was not."""
         return digest is not None and self._disk.holds(digest)
 
+    def forget(self, ref: AdapterRef) -> None:
+        """Have the Hub asked about the reference at its next ``resolve``; a commit means the same for ever."""
+        with self._lock:
+            answer = self._answers.get(ref)
+            if answer is not None and (answer.error is not None or not ref.pinned):
+                self._answers[ref] = replace(answer, until=0.0)
+
     def close(self) -> None:
         """Nothing is held open: connections belong to the Hub library's session."""
 

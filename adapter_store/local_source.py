@@ -44,6 +44,11 @@ class FileHashes:
                 self._known.pop(path, None)
         return value
 
+    def forget(self, path: Path) -> None:
+        """Hash the file again when it is next asked for."""
+        with self._lock:
+            self._known.pop(path, None)
+
 
 class LocalSource:
     """Folders. Thread-safe. ``resolve`` costs two stats unless a file changed since it was last hashed."""
@@ -74,6 +79,11 @@ class LocalSource:
         """Always: a folder is on this machine, or mounted as if it were."""
         del digest
         return True
+
+    def forget(self, ref: AdapterRef) -> None:
+        """Hash the folder's files again, also where nothing tells that they changed."""
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            self._hashes.forget(Path(ref.id) / file)
 
     def close(self) -> None:
         """Nothing is held open."""

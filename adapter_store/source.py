@@ -89,6 +89,10 @@ class AdapterSource(Protocol):
         """Whether ``fetch`` of this content needs no network. May be wrong by the time it is called."""
         ...
 
+    def forget(self, ref: AdapterRef) -> None:
+        """Drop what is remembered of the reference, so that the next ``resolve`` looks anew."""
+        ...
+
     def close(self) -> None:
         """Give back what the source holds open."""
         ...

@@ -192,3 +192,54 @@ def test_thousands_of_adapters_resolve_quickly(tmp_path: Path) -> None:
 def test_settings_that_cannot_be(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StoreSettings(**values)  # type: ignore[arg-type]
+
+
+def test_names_change_live_and_a_mistake_changes_nothing(tmp_path: Path) -> None:
+    for place in ("a/one", "b/two", "c/three"):
+        write(tmp_path / place)
+    catalog = Catalog(StoreSettings(root=tmp_path, folders=("a",), adapters={"x": "local:c/three"}))
+    assert catalog.names() == ["one", "x"]
+    changed = StoreSettings(root=tmp_path, folders=("b",), adapters={"y": "local:c/three"}, allow=("hub:acme/*",))
+    catalog.reconfigure(changed)
+    assert catalog.names() == ["two", "y"]
+    assert catalog.find("hub:acme/x").id == "acme/x"
+    with pytest.raises(AdapterNotFound):
+        catalog.find("x")
+    with pytest.raises(ValueError, match="gone"):
+        catalog.reconfigure(StoreSettings(root=tmp_path, folders=("gone",)))
+    assert catalog.names() == ["two", "y"] and catalog.find("hub:acme/x").id == "acme/x"
+
+
+def test_what_is_declared_at_run_time_lasts_over_a_change_and_comes_after_the_settings(tmp_path: Path) -> None:
+    for place in ("a/one", "c/other", "d/third"):
+        write(tmp_path / place)
+    catalog = Catalog(StoreSettings(root=tmp_path, folders=("a",)))
+    catalog.declare({"one": AdapterRef.parse("local:c/other"), "new": AdapterRef.parse("local:c/other")})
+    assert catalog.names() == ["new", "one"]
+    assert catalog.named("one").origin == "runtime" and catalog.find("one").id == str(tmp_path / "c/other")
+    catalog.reconfigure(StoreSettings(root=tmp_path, folders=("a",), adapters={"new": "local:d/third"}))
+    assert catalog.named("new").origin == "configured" and catalog.find("new").id == str(tmp_path / "d/third")
+    catalog.declare({})
+    assert catalog.names() == ["new", "one"] and catalog.named("one").origin == "folder"
+
+
+def test_a_forgotten_reference_is_looked_up_again_before_its_time(tmp_path: Path) -> None:
+    with HubServer() as hub:
+        hub.publish("acme/x", FILES)
+        settings = StoreSettings(
+            root=tmp_path,
+            cache_dir="cache",
+            adapters={"x": "hub:acme/x"},
+            hub_endpoint=hub.endpoint,
+            hub_refresh_s=3600,
+        )
+        catalog = Catalog(settings)
+        first = catalog.resolve("x")
+        assert catalog.known_digest(AdapterRef("hub", "acme/x")) == first.digest
+        hub.publish("acme/x", {**FILES, WEIGHTS_FILE: b"again"})
+        assert catalog.resolve("x") == first
+        catalog.forget(catalog.find("x"))
+        second = catalog.resolve("x")
+        assert second.digest != first.digest
+        assert catalog.known_digest(AdapterRef("hub", "acme/x")) == second.digest
+        assert catalog.known_digest(AdapterRef("hub", "acme/y")) is None
