@@ -35,5 +35,9 @@ class AdapterUnavailable(AdapterError):
     """Its source did not answer in time or failed; trying again may help (HTTP 503)."""
 
 
+class PinRefused(AdapterError):
+    """No slot can be kept for this adapter for good (HTTP 409)."""
+
+
 class AdapterChanged(AdapterError):
     """The content found is not the content that was asked for by digest: resolve again (internal retry)."""

@@ -61,6 +61,14 @@ class HostCache:
             self._entries[packed.digest] = packed
             self._bytes += packed.nbytes
 
+    def remove(self, digest: str) -> bool:
+        """Drop one adapter; False when it is not held."""
+        with self._lock:
+            packed = self._entries.pop(digest, None)
+            if packed is not None:
+                self._bytes -= packed.nbytes
+            return packed is not None
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adapter_store.errors import PinRefused
 from adapter_store.layout import AdapterLayout
 from adapter_store.packed import PackedAdapter
 from kernels.lora_group import packed_rank
@@ -23,6 +24,7 @@ class Slot:
 
     index: row of the slot table, what the kernels take as the adapter's index. offset: first element in the arena.
     class_rank: the largest rank that fits. rank: the adapter's rank. refs: requests that use it now.
+    pinned: never given to another adapter.
     """
 
     index: int
@@ -33,6 +35,7 @@ class Slot:
     rank: int = 0
     refs: int = 0
     loaded: bool = False
+    pinned: bool = False
     _copied: torch.cuda.Event | None = field(default=None, repr=False)
     _last_read: torch.cuda.Event | None = field(default=None, repr=False)
 
@@ -227,8 +230,40 @@ class SlotPool:
             self._free[slot.class_rank].append(slot)
             self._changed()
 
+    def pin(self, slot: Slot) -> None:
+        """Never evict the slot's adapter. Raises PinRefused when that leaves no slot that every adapter can go to."""
+        assert slot.digest is not None
+        if slot.pinned:
+            return
+        left = sum(not other.pinned for other in self._slots if other.class_rank == self.max_rank)
+        if slot.class_rank == self.max_rank and left == 1:
+            raise PinRefused(
+                slot.digest[:12],
+                f"{len(self.pinned)} of {len(self)} slots are pinned, and the last of rank {self.max_rank} that is not "
+                "must stay for other adapters: unpin one, or raise slots",
+            )
+        slot.pinned = True
+
+    def unpin(self, digest: str) -> bool:
+        """Let the adapter be evicted again; False when it was not pinned."""
+        slot = self._resident.get(digest)
+        if slot is None or not slot.pinned:
+            return False
+        slot.pinned = False
+        return True
+
+    def remove(self, digest: str) -> bool:
+        """Empty the adapter's slot, pinned or not; False when it has none or a request uses it."""
+        slot = self._resident.get(digest)
+        if slot is None or slot.refs:
+            return False
+        self._vacate(slot)
+        self._free[slot.class_rank].append(slot)
+        self._changed()
+        return True
+
     def clear(self) -> None:
-        """Empty every slot that no request uses."""
+        """Empty every slot that no request uses, pinned or not."""
         for slot in [slot for slot in self._resident.values() if slot.refs == 0]:
             self._vacate(slot)
             self._free[slot.class_rank].append(slot)
@@ -241,6 +276,11 @@ class SlotPool:
     def stats(self) -> SlotStats:
         """Counters so far. Any thread."""
         return SlotStats(self._hits, self._misses, self._evictions, self._exhausted)
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Digests of the pinned adapters. Any thread."""
+        return tuple(slot.digest for slot in self._slots if slot.pinned and slot.digest is not None)
 
     @property
     def in_use(self) -> int:
@@ -274,7 +314,7 @@ class SlotPool:
     def _evict_for(self, rank: int) -> Slot | None:
         victim: Slot | None = None
         for slot in self._resident.values():  # least recently used first
-            fits = slot.refs == 0 and slot.class_rank >= rank
+            fits = slot.refs == 0 and not slot.pinned and slot.class_rank >= rank
             if fits and (victim is None or slot.class_rank < victim.class_rank):
                 victim = slot
         if victim is not None:
@@ -287,7 +327,7 @@ class SlotPool:
         """Forget the adapter; its row goes to rank 0 behind the last step that read it."""
         assert slot.refs == 0 and slot.digest is not None
         del self._resident[slot.digest]
-        slot.digest, slot.rank, slot.loaded = None, 0, False
+        slot.digest, slot.rank, slot.loaded, slot.pinned = None, 0, False, False
         region = self.arena[slot.offset : slot.offset + slot.capacity]
         if self._stream is None:
             self.slot_table[slot.index].zero_()

@@ -107,6 +107,44 @@ class Engine:
         """End a request before the next step; its reader gets a last chunk with finish_reason "abort"."""
         self._started().abort(request_id)
 
+    async def prefetch(self, name: str, digest: str | None = None) -> bool:
+        """Bring an adapter to host memory and, where a slot is free or may be evicted, into a slot; no request needed.
+
+        name, digest: as in GenerationRequest. Returns whether it has a slot now. Raises the AdapterError family.
+        """
+        answer: Future[bool] = Future()
+        self._started().ask(lambda residents: residents.prefetch(name, digest, answer), answer)
+        return await asyncio.wrap_future(answer)
+
+    async def pin(self, digest: str) -> None:
+        """Give the adapter a slot for good, as soon as there is one; nothing evicts it then, only ``unload``.
+
+        Raises AdapterNotFound for one that is neither in a slot nor in host memory (``prefetch`` it first), and
+        PinRefused when no slot would be left that every adapter can go to.
+        """
+        answer: Future[None] = Future()
+        self._started().ask(lambda residents: residents.pin(digest, answer), answer)
+        await asyncio.wrap_future(answer)
+
+    async def unpin(self, digest: str) -> bool:
+        """Let the adapter be evicted again, or give up pinning it; False when there was nothing to undo."""
+        answer: Future[bool] = Future()
+        self._started().ask(lambda residents: residents.unpin(digest, answer), answer)
+        return await asyncio.wrap_future(answer)
+
+    async def unload(self, digest: str, wait_s: float = 0.0) -> bool:
+        """Free the adapter's slot (pinned or not), its place in host memory and the KV pages kept for its prompts.
+
+        Waits up to ``wait_s`` seconds for requests that use it, and does nothing but return False when some still do.
+        """
+        wait = wait_s > 0
+        answer: Future[bool] = Future()
+        self._started().ask(lambda residents: residents.unload(digest, answer, wait=wait), answer)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(answer), wait_s if wait else None)
+        except TimeoutError:
+            return False
+
     def stats(self) -> EngineStats:
         """What the engine is doing now. Cheap; any thread."""
         return self._started().stats()

@@ -25,6 +25,7 @@ class PagePool:
         self._kept: OrderedDict[int, None] = OrderedDict()  # pages with a key and no users, the first to go first
         self._keys: dict[int, bytes] = {}
         self._by_key: dict[bytes, int] = {}
+        self._owners: dict[int, str | None] = {}  # of pages with a key
 
     @property
     def free_pages(self) -> int:
@@ -82,15 +83,34 @@ class PagePool:
             pages.append(page)
         return pages
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Say that a page in use is full and what it holds. Of two pages with one key the first is the one to share."""
+    def publish(self, page: int, key: bytes, owner: str | None = None) -> None:
+        """Say that a page in use is full and what it holds. Of two pages with one key the first is the one to share.
+
+        owner: whose content it is, for ``forget``.
+        """
         assert self._users[page], f"page {page} has no user"
         if key not in self._by_key and page not in self._keys:
-            self._keys[page], self._by_key[key] = key, page
+            self._keys[page], self._by_key[key], self._owners[page] = key, page, owner
+
+    def forget(self, owner: str) -> int:
+        """Free the kept pages of this owner, and keep none that is in use now; returns how many were freed."""
+        gone = [page for page in self._kept if self._owners[page] == owner]
+        for page in [page for page, whose in self._owners.items() if whose == owner]:
+            self._unname(page)
+        for page in gone:
+            del self._kept[page]
+        if gone and self._on_free is not None:
+            self._on_free(gone)
+        self._free.extend(gone)
+        return len(gone)
 
     def _drop_kept(self) -> int:
         page, _ = self._kept.popitem(last=False)
-        del self._by_key[self._keys.pop(page)]
+        self._unname(page)
         if self._on_free is not None:
             self._on_free([page])
         return page
+
+    def _unname(self, page: int) -> None:
+        del self._by_key[self._keys.pop(page)]
+        del self._owners[page]

@@ -43,6 +43,7 @@ class AdapterLoads:
         self._loaded = loaded
         self._failed = failed
         self._waiting: dict[_Key, list[Sequence]] = {}
+        self._fetches: dict[_Key, list[Callable[[PackedAdapter | Exception], None]]] = {}
         #: Sequences whose adapter is on its way. Any thread may read it.
         self.waiting = 0
         cache_bytes, slot_bytes = store.host_cache.budget_bytes, slots.arena.nbytes
@@ -69,11 +70,26 @@ class AdapterLoads:
                 return
         self.waiting += 1
         key = (request.adapter, request.adapter_digest)
-        if key in self._waiting:
-            self._waiting[key].append(sequence)
-            return
-        self._waiting[key] = [sequence]
-        self._threads.submit(self._begin, key)
+        under_way = self.loading(key)
+        self._waiting.setdefault(key, []).append(sequence)
+        if not under_way:
+            self._threads.submit(self._begin, key)
+
+    def fetch(self, name: str, digest: str | None, done: Callable[[PackedAdapter | Exception], None]) -> None:
+        """Bring an adapter to host memory for nobody in particular; ``done`` is called with it, or with the error."""
+        key = (name, digest)
+        under_way = self.loading(key)
+        self._fetches.setdefault(key, []).append(done)
+        if not under_way:
+            self._threads.submit(self._begin, key)
+
+    def loading(self, key: _Key) -> bool:
+        """Whether a load of exactly this is under way."""
+        return key in self._waiting or key in self._fetches
+
+    def digests(self) -> set[str]:
+        """The content that is on its way, as far as it is known."""
+        return {digest for _, digest in (*self._waiting, *self._fetches) if digest is not None}
 
     def drop(self, sequence: Sequence) -> bool:
         """Forget an aborted sequence; False when it does not wait here. Its load goes on, for the host cache."""
@@ -108,17 +124,20 @@ class AdapterLoads:
         self._post(partial(self._finish, key, outcome))
 
     def _finish(self, key: _Key, outcome: PackedAdapter | Exception) -> None:
-        sequences = self._waiting.pop(key)
+        for done in self._fetches.pop(key, ()):
+            done(outcome)
+        sequences = self._waiting.pop(key, [])
         self.waiting -= len(sequences)
         for sequence in sequences:
             if isinstance(outcome, Exception):
-                self._failed(sequence, _as_adapter_error(key[0], outcome))
+                self._failed(sequence, as_adapter_error(key[0], outcome))
             else:
-                sequence.adapter = outcome
+                sequence.adapter, sequence.digest = outcome, outcome.digest
                 self._loaded(sequence)
 
 
-def _as_adapter_error(name: str, error: Exception) -> Exception:
+def as_adapter_error(name: str, error: Exception) -> Exception:
+    """What a load ended with, as its client should see it."""
     if isinstance(error, AdapterError):
         return error
     unavailable = AdapterUnavailable(name, f"loading it failed: {type(error).__name__}: {error}")

@@ -227,7 +227,7 @@ class Scheduler:
     def _fits(self, rank: int, digest: str | None) -> bool:
         """Whether the adapter's slot is one for ``rank``. An earlier request may have taken a slot that was drained."""
         slot = None if self.slots is None or digest is None else self.slots.find(digest)
-        return slot is not None and slot.class_rank >= rank
+        return slot is not None and slot.class_rank >= rank and not slot.pinned
 
     def _soonest_free(self, rank: int, passed: list[Sequence]) -> str | None:
         """The adapter whose last user has the fewest tokens to go, in a slot that fits; not one drained already."""
@@ -235,7 +235,9 @@ class Scheduler:
         to_go: dict[str, int] = {}
         for sequence in (*self.running, *self.waiting):
             slot = sequence.slot
-            if slot is not None and slot.class_rank >= rank and slot.digest is not None and slot.digest not in taken:
+            if slot is None or slot.pinned or slot.class_rank < rank:
+                continue
+            if slot.digest is not None and slot.digest not in taken:
                 left = sequence.max_tokens - len(sequence.tokens)
                 to_go[slot.digest] = max(to_go.get(slot.digest, 0), left)
         return min(to_go, key=to_go.__getitem__, default=None)
@@ -264,7 +266,7 @@ class Scheduler:
         if full > sequence.published:
             extend_keys(sequence.page_keys, sequence.digest, sequence.tokens, full, size)
             for page in range(sequence.published, full):
-                self.pages.publish(sequence.pages[page], sequence.page_keys[page])
+                self.pages.publish(sequence.pages[page], sequence.page_keys[page], sequence.digest)
             sequence.published = full
 
     def _forget_pages(self, sequence: Sequence) -> None:

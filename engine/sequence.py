@@ -23,6 +23,7 @@ class Sequence:
     arrival: grows with every request; decides order. max_tokens: prompt and completion together. seed: of its draws.
     text: the visible text, None for a model without a tokenizer. queue: where results go.
     adapter: its weights in host memory; None for the base model, and while a slot holds them already.
+    digest: the adapter that its slot must hold; None for the base model, and until an adapter's name is resolved.
     tokens: prompt, then what was generated, with PENDING at the end for what is drawn but not read. known: how many of
     them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
@@ -38,6 +39,7 @@ class Sequence:
     text: OutputText | None = None
     queue: OutputQueue | None = None
     adapter: PackedAdapter | None = None
+    digest: str | None = None
     tokens: list[int] = field(default_factory=list)
     known: int = 0
     awaited: int = -1
@@ -53,6 +55,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
         self.known = len(self.tokens)
+        self.digest = self.request.adapter_digest if self.adapter is None else self.adapter.digest
 
     @property
     def prompt_tokens(self) -> int:
@@ -62,11 +65,6 @@ class Sequence:
     def completion_tokens(self) -> int:
         """Generated tokens that are read."""
         return self.known - self.prompt_tokens
-
-    @property
-    def digest(self) -> str | None:
-        """The adapter that its slot must hold; None for the base model."""
-        return self.request.adapter_digest if self.adapter is None else self.adapter.digest
 
     @property
     def decoding(self) -> bool:

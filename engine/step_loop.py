@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ from engine.request import (
     InvalidRequest,
     TokenLogprob,
 )
+from engine.residents import ResidentAdapters
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
@@ -50,6 +53,7 @@ class StepLoop:
             prefix_cache=settings.prefix_cache,
         )
         self._loads: AdapterLoads | None = None
+        self._residents: ResidentAdapters | None = None
         if parts.store is not None and parts.slots is not None:
             self._loads = AdapterLoads(
                 parts.store,
@@ -59,6 +63,9 @@ class StepLoop:
                 self._post,
                 self._scheduler.add,
                 self._fail,
+            )
+            self._residents = ResidentAdapters(
+                parts.store.host_cache, parts.slots, parts.pages, self._loads, self._uses
             )
         self._outbox = Outbox()
         self._flight: Flight | None = None  # the step launched last
@@ -106,6 +113,19 @@ class StepLoop:
         """``abort`` by the only reader: nobody waits for the outcome, and the id is free again at once."""
         self._forget(sequence)
         self._post(lambda: self._abort(sequence))
+
+    def ask(self, question: Callable[[ResidentAdapters], None], answer: Future[Any]) -> None:
+        """Have the loop ask something of the resident adapters before the next step; ``answer`` is what it fills.
+
+        Raises EngineDead, and ValueError where there are no adapter slots.
+        """
+        residents = self._residents
+        if residents is None:
+            raise ValueError("this engine has no adapter slots: set slots, such as {16: 32}")
+        with self._wake:
+            if self._ended is not None:
+                raise fresh(self._ended)
+            self._post(lambda: residents.ask(question, answer))
 
     def stop(self) -> None:
         """End the loop after the step under way; unfinished requests get EngineDead."""
@@ -161,6 +181,8 @@ class StepLoop:
             message()
         if self._ended is None:
             self._step()
+        if self._residents is not None:
+            self._residents.settle()
         if lost := self._outbox.post():
             with self._wake:
                 unread = [sequence for sequence in self._sequences.values() if sequence.queue in lost]
@@ -280,6 +302,13 @@ class StepLoop:
             assert sequence.queue is not None
             self._outbox.add(sequence.queue, error)
         self._outbox.post()
+        if self._residents is not None:
+            self._residents.end(error)
+
+    def _uses(self, digest: str) -> bool:
+        """Whether a request that is not finished needs this adapter."""
+        with self._wake:
+            return any(sequence.digest == digest for sequence in self._sequences.values())
 
     def _forget(self, sequence: Sequence) -> None:
         with self._wake:
