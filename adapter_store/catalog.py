@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from adapter_store.checkpoint_files import CheckpointFiles
-from adapter_store.hub_source import HubSource
-from adapter_store.local_source import LocalSource
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
-from adapter_store.source import AdapterRef, AdapterSource, ResolvedAdapter
+from adapter_store.source import AdapterRef, ResolvedAdapter
+from adapter_store.sources import Sources
 
 _MAX_KNOWN = 16_384  # references whose digest is remembered for listings; a few hundred bytes each
 
@@ -25,7 +24,7 @@ class Catalog:
         self._settings = settings
         self._runtime: Mapping[str, AdapterRef] = {}
         self._names = AdapterNames(settings)
-        self._sources: Mapping[str, AdapterSource] = {"local": LocalSource(), "hub": HubSource(settings)}
+        self.sources = Sources(settings)
         self._lock = threading.Lock()
         self._known: OrderedDict[AdapterRef, str] = OrderedDict()  # digest by the reference that was asked for
 
@@ -70,7 +69,7 @@ class Catalog:
     def resolve_ref(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
         """The same for a reference that is trusted, such as one that this catalog gave out."""
         ref = self.rooted(ref)
-        resolved = self._sources[ref.source].resolve(name, ref)
+        resolved = self.sources.of(ref).resolve(name, ref)
         with self._lock:
             self._known[ref] = resolved.digest
             self._known.move_to_end(ref)
@@ -85,20 +84,19 @@ class Catalog:
 
     def forget(self, ref: AdapterRef) -> None:
         """Have the next ``resolve`` of this reference ask its source, whatever was remembered."""
-        self._sources[ref.source].forget(self.rooted(ref))
+        self.sources.of(ref).forget(self.rooted(ref))
 
     def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
         """The files of ``resolved``, brought here if need be; see ``AdapterSource.fetch``."""
-        return self._sources[resolved.ref.source].fetch(resolved, max_weights_bytes)
+        return self.sources.of(resolved.ref).fetch(resolved, max_weights_bytes)
 
     def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
         """Whether ``fetch`` of this content needs no network."""
-        return self._sources[ref.source].at_hand(digest)
+        return self.sources.of(ref).at_hand(digest)
 
     def close(self) -> None:
         """Close the sources."""
-        for source in self._sources.values():
-            source.close()
+        self.sources.close()
 
     def rooted(self, ref: AdapterRef) -> AdapterRef:
         """The reference with a local path made absolute, as the settings' other paths are."""

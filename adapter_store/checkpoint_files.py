@@ -36,6 +36,10 @@ class CheckpointFiles:
             raise AdapterRefused(name, PICKLE_REMEDY)
         return cls(config.numpy().tobytes(), _read(folder / WEIGHTS_FILE, name, max_weights_bytes))
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.config) + self.weights.numel()
+
     def digest(self) -> str:
         """The content's identity (``content_digest``), 64 hex digits."""
         return content_digest(git_blob_sha1(self.config), hashlib.sha256(self.weights.numpy().data).hexdigest())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.errors import AdapterRefused
+from adapter_store.load_stats import LoadMeter
 
 _log = logging.getLogger(__name__)
 _SCRATCH_PREFIX = ".incoming-"
@@ -29,6 +30,7 @@ class DiskCache:
     def __init__(self, root: Path, budget_bytes: int) -> None:
         self._root = root
         self._budget_bytes = budget_bytes
+        self.reading = LoadMeter()
 
     def read(self, digest: str, name: str, max_weights_bytes: int | None) -> CheckpointFiles | None:
         """The content of ``digest``, verified, or None. An entry that is damaged is removed."""
@@ -36,12 +38,14 @@ class DiskCache:
         if not self.holds(digest):
             return None
         try:
-            files = CheckpointFiles.read(folder, name, max_weights_bytes)
+            with self.reading.measure() as work:
+                files = CheckpointFiles.read(folder, name, max_weights_bytes)
+                found, work.bytes = files.digest(), files.nbytes
         except AdapterRefused:
             if folder.is_dir():
                 raise
             return None  # another process made room meanwhile
-        if files.digest() != digest:
+        if found != digest:
             _log.warning("cached adapter %s is damaged on disk and is fetched again", digest[:12])
             self._remove(folder)
             return None

@@ -13,6 +13,7 @@ from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import AdapterError, AdapterUnavailable
 from adapter_store.hub_client import HubClient, HubListing
+from adapter_store.load_stats import LoadMeter, SourceStats
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
 from adapter_store.source import AdapterRef, ResolvedAdapter
@@ -43,6 +44,8 @@ class HubSource:
         self._disk = DiskCache(settings.path(settings.cache_dir) / "hub", settings.cache_bytes)
         self._lock = threading.Lock()
         self._answers: OrderedDict[AdapterRef, _Answer] = OrderedDict()
+        self._downloading = LoadMeter()
+        self._hits = self._misses = self._repeated = 0
         self._lookups: SingleFlight[tuple[AdapterRef, str]] = SingleFlight()
         self._downloads: SingleFlight[str] = SingleFlight()
 
@@ -60,6 +63,8 @@ class HubSource:
             except AdapterError as error:  # a follower shares the failure, not the other caller's name
                 raise error.named(name) from None
         elif answer.error is not None:
+            with self._lock:
+                self._repeated += 1
             raise answer.error.named(name)
         else:
             assert answer.found is not None
@@ -72,6 +77,9 @@ class HubSource:
         Raises what ``resolve`` raises; AdapterUnavailable also when the Hub sends other content than was resolved.
         """
         files = self._disk.read(resolved.digest, resolved.name, max_weights_bytes)
+        with self._lock:
+            self._hits += files is not None
+            self._misses += files is None
         if files is not None:
             return files
         self._download(resolved.name, resolved.ref, max_weights_bytes, resolved.digest)
@@ -90,6 +98,15 @@ class HubSource:
             answer = self._answers.get(ref)
             if answer is not None and (answer.error is not None or not ref.pinned):
                 self._answers[ref] = replace(answer, until=0.0)
+
+    def stats(self) -> SourceStats:
+        """Downloads, the disk cache, and the failures that are remembered."""
+        now = time.monotonic()
+        with self._lock:
+            failures = sum(answer.error is not None and answer.until > now for answer in self._answers.values())
+        return SourceStats(
+            self._downloading.totals, self._disk.reading.totals, self._hits, self._misses, failures, self._repeated
+        )
 
     def close(self) -> None:
         """Nothing is held open: connections belong to the Hub library's session."""
@@ -135,11 +152,11 @@ class HubSource:
     def _download_both(self, name: str, pinned: AdapterRef, limit: int, expected: str | None) -> str:
         started = time.monotonic()
         try:
-            with self._disk.scratch() as folder:
+            with self._downloading.measure() as work, self._disk.scratch() as folder:
                 self._client.download(name, pinned, CONFIG_FILE, folder / CONFIG_FILE, MAX_CONFIG_BYTES)
                 self._client.download(name, pinned, WEIGHTS_FILE, folder / WEIGHTS_FILE, limit)
                 files = CheckpointFiles.read(folder, name, limit)
-                digest = files.digest()
+                digest, work.bytes = files.digest(), files.nbytes
                 if expected is not None and digest != expected:
                     raise AdapterUnavailable(
                         name, f"what the Hub sent for {pinned} is not the content {expected[:12]}; try again"

@@ -12,6 +12,7 @@ from pathlib import Path
 from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, CheckpointFiles, check_size
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
 from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused
+from adapter_store.load_stats import LoadMeter, SourceStats
 from adapter_store.source import AdapterRef, ResolvedAdapter
 
 # A file written this shortly before it was hashed could be written again within the same clock tick of its file
@@ -55,6 +56,7 @@ class LocalSource:
 
     def __init__(self) -> None:
         self._hashes = FileHashes()
+        self._read = LoadMeter()
 
     def resolve(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
         """The folder's content now. Raises AdapterNotFound without a config file, AdapterRefused without weights."""
@@ -67,8 +69,9 @@ class LocalSource:
         """
         if not (Path(resolved.ref.id) / CONFIG_FILE).is_file():
             raise AdapterNotFound(resolved.name, f"there is no {CONFIG_FILE} in its folder any more")
-        files = CheckpointFiles.read(Path(resolved.ref.id), resolved.name, max_weights_bytes)
-        digest = files.digest()
+        with self._read.measure() as read:
+            files = CheckpointFiles.read(Path(resolved.ref.id), resolved.name, max_weights_bytes)
+            digest, read.bytes = files.digest(), files.nbytes
         if digest != resolved.digest:
             raise AdapterChanged(
                 resolved.name, f"its content is now {digest[:12]}, not {resolved.digest[:12]}: it was published again"
@@ -84,6 +87,10 @@ class LocalSource:
         """Hash the folder's files again, also where nothing tells that they changed."""
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             self._hashes.forget(Path(ref.id) / file)
+
+    def stats(self) -> SourceStats:
+        """Reading alone: nothing is downloaded."""
+        return SourceStats(read=self._read.totals)
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from adapter_store.checkpoint_files import CheckpointFiles
+    from adapter_store.load_stats import SourceStats
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
@@ -91,6 +92,10 @@ class AdapterSource(Protocol):
 
     def forget(self, ref: AdapterRef) -> None:
         """Drop what is remembered of the reference, so that the next ``resolve`` looks anew."""
+        ...
+
+    def stats(self) -> SourceStats:
+        """What it did so far."""
         ...
 
     def close(self) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-import time
+from dataclasses import replace
 
 import torch
 
 from adapter_store.catalog import Catalog
 from adapter_store.checkpoint import max_weights_bytes, pack_files
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused
+from adapter_store.failures import RecentFailures
 from adapter_store.host_cache import HostCache
 from adapter_store.layout import AdapterLayout
+from adapter_store.load_stats import LoadMeter, StoreStats
 from adapter_store.packed import PackedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
@@ -41,7 +42,8 @@ class AdapterStore:
         self._max_rank = max_rank
         self._pin_memory = pin_memory
         self._flights: SingleFlight[PackedAdapter] = SingleFlight()
-        self._refusals = RecentRefusals(settings.negative_ttl_s)
+        self._failures = RecentFailures(settings.negative_ttl_s)
+        self._packed = LoadMeter()
 
     def resolve(self, name: str) -> ResolvedAdapter:
         """What a client's name means now; see ``Catalog.resolve``."""
@@ -72,7 +74,7 @@ class AdapterStore:
             packed = self.host_cache.get(resolved.digest)
             if packed is not None:
                 return packed
-        self._refusals.check(resolved)
+        self._failures.check(resolved.digest, resolved.name)
         try:
             return self._flights.run(resolved.digest, lambda: self._load(resolved))
         except AdapterError as error:  # a follower shares the failure, not the other caller's name
@@ -85,6 +87,16 @@ class AdapterStore:
         except AdapterNotFound:
             return True
         return self.catalog.at_hand(ref, digest)
+
+    def stats(self) -> StoreStats:
+        """What loading took so far, by tier, and what is remembered now. Any thread."""
+        sources = self.catalog.sources.stats()
+        sources = replace(
+            sources,
+            remembered_failures=sources.remembered_failures + len(self._failures),
+            failures_repeated=sources.failures_repeated + self._failures.repeated,
+        )
+        return StoreStats(sources, self._packed.totals, self.host_cache.stats())
 
     def close(self) -> None:
         """Close the sources and drop the host cache."""
@@ -105,17 +117,19 @@ class AdapterStore:
     def _load(self, resolved: ResolvedAdapter) -> PackedAdapter:
         try:
             files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank))
-            packed = pack_files(
-                files,
-                self._layout,
-                self._max_rank,
-                self._dtype,
-                resolved.name,
-                digest=resolved.digest,
-                pin_memory=self._pin_memory,
-            )
+            with self._packed.measure() as work:
+                packed = pack_files(
+                    files,
+                    self._layout,
+                    self._max_rank,
+                    self._dtype,
+                    resolved.name,
+                    digest=resolved.digest,
+                    pin_memory=self._pin_memory,
+                )
+                work.bytes = packed.nbytes
         except AdapterRefused as error:
-            self._refusals.add(resolved.digest, error)
+            self._failures.add(resolved.digest, error)
             raise
         self.host_cache.put(packed)
         return packed
@@ -129,25 +143,3 @@ def _trusted_ref(adapter: str, digest: str | None) -> AdapterRef | None:
         return AdapterRef.parse(adapter)
     except ValueError as error:
         raise AdapterNotFound(adapter, str(error)) from error
-
-
-class RecentRefusals:
-    """Refusals by digest, remembered for a short while so that a bad adapter in a retry loop is not read each time."""
-
-    def __init__(self, ttl_s: float) -> None:
-        self._ttl_s = ttl_s
-        self._lock = threading.Lock()
-        self._until: dict[str, tuple[float, AdapterError]] = {}
-
-    def add(self, digest: str, error: AdapterError) -> None:
-        now = time.monotonic()
-        with self._lock:
-            self._until = {key: entry for key, entry in self._until.items() if entry[0] > now}
-            self._until[digest] = (now + self._ttl_s, error.named(error.adapter))
-
-    def check(self, resolved: ResolvedAdapter) -> None:
-        """Raise the remembered refusal, under the name asked for now."""
-        with self._lock:
-            until, error = self._until.get(resolved.digest, (0.0, None))
-        if error is not None and until > time.monotonic():
-            raise error.named(resolved.name)

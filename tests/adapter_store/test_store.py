@@ -14,10 +14,11 @@ import torch
 from adapter_store.checkpoint import pack_checkpoint
 from adapter_store.digest import CONFIG_FILE
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapter_store.load_stats import LoadTotals, SourceStats
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
-from adapter_store.source import AdapterRef, ResolvedAdapter
-from adapter_store.store import AdapterStore, RecentRefusals
+from adapter_store.source import AdapterRef
+from adapter_store.store import AdapterStore
 from tests.adapter_store.hub_server import Fault, HubServer
 from tests.adapter_store.plain_adapters import LAYOUT, adapter_files, write_adapter
 
@@ -111,16 +112,31 @@ def test_a_pinned_hub_reference_with_its_digest_asks_nothing_twice(
             replica.load(str(resolved.ref), "0" * 64)
 
 
-def test_refusals_are_forgotten_after_their_time() -> None:
-    refusals = RecentRefusals(ttl_s=0.15)
-    resolved = ResolvedAdapter("mine", AdapterRef("local", "/x"), "d1")
-    refusals.check(resolved)
-    refusals.add("d1", AdapterRefused("theirs", "because"))
-    with pytest.raises(AdapterRefused, match="adapter 'mine': because"):
-        refusals.check(resolved)
-    refusals.check(ResolvedAdapter("mine", AdapterRef("local", "/x"), "d2"))
-    time.sleep(0.2)
-    refusals.check(resolved)
+def test_what_loading_took_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    write_adapter(tmp_path / "adapters/near")
+    write_adapter(tmp_path / "adapters/bad", use_dora=True)
+    with HubServer() as hub:
+        files = adapter_files(seed=3)
+        hub.publish("acme/far", files)
+        store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint)
+        nothing = store.stats()
+        assert (nothing.sources, nothing.pack) == (SourceStats(), LoadTotals())
+        near, far = store.load("near"), store.load("far")
+        store.host_cache.clear()
+        store.load("far")
+        for _ in range(3):
+            with pytest.raises(AdapterRefused):
+                store.load("bad")
+    size = sum(len(data) for data in files.values())
+    stats = store.stats()
+    assert (stats.sources.download.done, stats.sources.download.bytes) == (1, size)
+    assert (stats.sources.disk_hits, stats.sources.disk_misses) == (1, 1)
+    assert (stats.pack.done, stats.pack.failed, stats.pack.bytes) == (3, 1, near.nbytes + 2 * far.nbytes)
+    assert stats.sources.read.bytes > size
+    assert (stats.sources.remembered_failures, stats.sources.failures_repeated) == (1, 2)
+    assert min(stats.sources.download.seconds, stats.sources.read.seconds, stats.pack.seconds) > 0
+    assert stats.host.adapters == 1
 
 
 def test_a_refusal_names_the_adapter_that_was_asked_for(tmp_path: Path) -> None:

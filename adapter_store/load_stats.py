@@ -1,0 +1,91 @@
+"""What loading adapters took so far: counters that only grow, and what is remembered now."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+from adapter_store.host_cache import HostCacheStats
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTotals:
+    """One kind of work since the start.
+
+    done: times that it succeeded. failed: times that it did not. seconds: spent on both. bytes: of what was done.
+    """
+
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def __add__(self, other: LoadTotals) -> LoadTotals:
+        return LoadTotals(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStats:
+    """What sources did.
+
+    download: from a source's server to this machine, tries that failed on the way included. read: from disk (a cached
+    download, or a local folder) into memory, verified. disk_hits, disk_misses: downloads that the disk cache made
+    needless, and the others. remembered_failures: references and contents whose failure is remembered now.
+    failures_repeated: times that one was answered from memory.
+    """
+
+    download: LoadTotals = field(default_factory=LoadTotals)
+    read: LoadTotals = field(default_factory=LoadTotals)
+    disk_hits: int = 0
+    disk_misses: int = 0
+    remembered_failures: int = 0
+    failures_repeated: int = 0
+
+    def __add__(self, other: SourceStats) -> SourceStats:
+        return SourceStats(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Everything before the slots. sources: see there; failures are those of the store too.
+
+    pack: from the files' bytes to a slab in the slots' layout. host: the cache of such slabs.
+    """
+
+    sources: SourceStats
+    pack: LoadTotals
+    host: HostCacheStats
+
+
+class LoadMeter:
+    """Counts one kind of work. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._totals = LoadTotals()
+
+    @property
+    def totals(self) -> LoadTotals:
+        return self._totals
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[Measured]:
+        """Count the block: as failed when it raises, otherwise as done with the ``bytes`` that it noted."""
+        started, work, done = time.monotonic(), Measured(), False
+        try:
+            yield work
+            done = True
+        finally:
+            seconds = time.monotonic() - started
+            with self._lock:
+                self._totals += LoadTotals(int(done), int(not done), seconds, work.bytes if done else 0)
+
+
+@dataclass(slots=True)
+class Measured:
+    """A piece of work under way."""
+
+    bytes: int = 0
