@@ -13,13 +13,14 @@ class PackedAdapter:
 
     name: what it was first asked for as. digest: its content. rank: the largest rank of its modules.
     slab: (layout.slab_elements(rank),) in the model's dtype, on the CPU, pinned where slots are on a GPU; the scale is
-    folded into B.
+    folded into B. load_seconds: what it took to bring it here from its source.
     """
 
     name: str
     digest: str
     rank: int
     slab: Tensor
+    load_seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:

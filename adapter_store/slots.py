@@ -1,16 +1,17 @@
-"""Adapter slots in the memory that the kernels read: one arena, fixed rank classes, LRU, reference counts."""
+"""Adapter slots in the memory that the kernels read: one arena, fixed rank classes, reference counts, eviction."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from adapter_store.errors import PinRefused
+from adapter_store.eviction import EvictionPolicy, LeastRecentlyUsed
 from adapter_store.layout import AdapterLayout
 from adapter_store.packed import PackedAdapter
 from kernels.lora_group import packed_rank
@@ -71,8 +72,9 @@ class SlotPool:
 
     Owned by the thread that launches the steps: every method is called from it, except ``residency`` and ``stats``,
     which any thread may call. Choice of a slot for an adapter that is not resident, best first: an empty slot of the
-    smallest class that fits; an empty slot of a larger class; the least recently used slot without references of the
-    smallest class that fits; the same of a larger class.
+    smallest class that fits; an empty slot of a larger class; of those without references and pins that nobody in the
+    queue asks for (``want``), of the smallest class that fits, the one that the policy values least; of those that
+    somebody does ask for, the one whose turn comes last.
 
     Order of memory operations on CUDA. Copies run on a stream of the pool's own. ``step_done`` records an event behind
     each step, ``release`` keeps the latest one with the slot, and whatever is next written there waits for it: call
@@ -88,12 +90,14 @@ class SlotPool:
         dtype: torch.dtype,
         device: torch.device | str,
         *,
+        eviction: EvictionPolicy | None = None,
         poison: bool = False,
         on_change: Callable[[Residency], None] | None = None,
     ) -> None:
         """Allocate the arena.
 
-        classes: rank -> number of slots. poison: fill memory that holds no adapter with NaN (tests).
+        classes: rank -> number of slots. eviction: least recently used first, unless another policy is given.
+        poison: fill memory that holds no adapter with NaN (tests).
         on_change: called with the new residency, on the owner's thread, after each load and eviction.
         Raises ValueError when ``classes`` is empty or holds a rank or count below 1.
         """
@@ -125,7 +129,10 @@ class SlotPool:
         self._last_step: torch.cuda.Event | None = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._resident: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
+        self._eviction = eviction or LeastRecentlyUsed()
+        self._resident: dict[str, Slot] = {}
+        self._wanted: dict[str, int] = {}  # digest -> how soon its turn comes
+        self._copies: deque[tuple[torch.cuda.Event, PackedAdapter, Callable[[], None]]] = deque()
         self._free: dict[int, list[Slot]] = {rank: [] for rank in self._classes}
         for slot in reversed(self._slots):
             self._free[slot.class_rank].append(slot)
@@ -139,38 +146,36 @@ class SlotPool:
         """The slot that holds this content (loaded or on its way), without taking a reference."""
         return self._resident.get(digest)
 
-    def acquire(self, digest: str, rank: int | None = None) -> Slot | None:
+    def want(self, digests: Iterable[str]) -> None:
+        """Say what the queue asks for, soonest first. It is evicted after everything else, and the last of it first."""
+        self._wanted = {}
+        for digest in digests:
+            self._wanted.setdefault(digest, len(self._wanted))
+
+    def acquire(self, digest: str, rank: int | None = None, *, spare: bool = False) -> Slot | None:
         """Take a reference to the slot of ``digest``, assigning one when it has none.
 
-        With ``rank`` None only an adapter that already has a slot is found. None is returned when there is no slot to
-        give. When ``slot.loaded`` is false the caller must ``load`` it, or ``release`` it again.
+        With ``rank`` None only an adapter that already has a slot is found. spare: assign only a slot that is empty or
+        holds what nobody asks for. None is returned when there is no slot to give. When ``slot.loaded`` is false the
+        caller must ``load`` it, or ``release`` it again.
         Raises ValueError when no class is as large as ``rank``.
         """
-        return self.acquire_all([(digest, rank)])[0]
+        if rank is not None and not 1 <= rank <= self.max_rank:
+            raise ValueError(f"rank {rank} fits no slot class; the classes are {list(self._classes)}")
+        slot = self._resident.get(digest)
+        if slot is None:
+            return None if rank is None else self._assign(digest, rank, spare)
+        slot.refs += 1
+        self._hits += 1
+        if slot.loaded:
+            self._eviction.used(digest)
+        return slot
 
-    def acquire_all(self, wanted: Sequence[tuple[str, int | None]]) -> list[Slot | None]:
-        """``acquire`` for several requests: all that are resident take their references before any slot is given
-        away, so one request of a batch never puts out the adapter of another."""
-        for _, rank in wanted:
-            if rank is not None and not 1 <= rank <= self.max_rank:
-                raise ValueError(f"rank {rank} fits no slot class; the classes are {list(self._classes)}")
-        given: list[Slot | None] = [self._take_resident(digest) for digest, _ in wanted]
-        for position, (digest, rank) in enumerate(wanted):
-            if given[position] is None and rank is not None:
-                # An earlier request of this batch may have been given a slot for the same adapter.
-                given[position] = self._take_resident(digest, hit=False) or self._assign(digest, rank)
-        return given
-
-    def touch(self, digests: Iterable[str]) -> None:
-        """Mark adapters as just used, so that they are evicted last."""
-        for digest in digests:
-            if digest in self._resident:
-                self._resident.move_to_end(digest)
-
-    def load(self, slot: Slot, packed: PackedAdapter) -> None:
+    def load(self, slot: Slot, packed: PackedAdapter, done: Callable[[], None] | None = None) -> None:
         """Copy the adapter into its slot: one copy, behind the last step that read what was there before.
 
         The slot table's row follows the copy on the same stream. Does not block on CUDA.
+        done: called on the owner's thread when the slab has been read, by ``settle`` or, on the CPU, at once.
         """
         assert slot.digest == packed.digest, "the slot was assigned to other content"
         assert slot.refs > 0, "a slot without references may be given away at any time"
@@ -182,18 +187,27 @@ class SlotPool:
         if self._stream is None:
             target.copy_(packed.slab)
             self.slot_table[slot.index].copy_(row)
+            if done is not None:
+                done()
         else:
             with torch.cuda.stream(self._stream):
                 if slot._last_read is not None:
                     self._stream.wait_event(slot._last_read)
-                # The slab may be let go at once: torch keeps pinned memory from reuse until the copy has read it.
                 target.copy_(packed.slab, non_blocking=True)
                 self.slot_table[slot.index].copy_(row, non_blocking=True)
                 slot._copied = torch.cuda.Event()
                 slot._copied.record(self._stream)
+            self._copies.append((slot._copied, packed, done or _nothing))
         slot.rank = packed.rank
         slot.loaded = True
+        self._eviction.added(packed.digest, packed.nbytes, packed.load_seconds)
         self._changed()
+
+    def settle(self) -> int:
+        """Call ``done`` of the copies that are through; returns how many are still under way. Never blocks."""
+        while self._copies and self._copies[0][0].query():
+            self._copies.popleft()[2]()
+        return len(self._copies)
 
     def ready(self, slot: Slot) -> bool:
         """Whether steps launched from now on may read the slot. Never blocks."""
@@ -224,8 +238,9 @@ class SlotPool:
         assert slot.digest is not None
         slot.refs -= 1
         slot._last_read = self._last_step
-        self._resident.move_to_end(slot.digest)
-        if slot.refs == 0 and not slot.loaded:
+        if slot.loaded:
+            self._eviction.released(slot.digest)
+        elif slot.refs == 0:
             self._vacate(slot)
             self._free[slot.class_rank].append(slot)
             self._changed()
@@ -287,16 +302,8 @@ class SlotPool:
         """Slots that requests hold a reference to now. Any thread."""
         return sum(slot.refs > 0 for slot in self._slots)
 
-    def _take_resident(self, digest: str, *, hit: bool = True) -> Slot | None:
-        slot = self._resident.get(digest)
-        if slot is None:
-            return None
-        slot.refs += 1  # its order of use is settled at the release; until then it cannot be evicted
-        self._hits += hit
-        return slot
-
-    def _assign(self, digest: str, rank: int) -> Slot | None:
-        slot = self._empty_slot(rank) or self._evict_for(rank)
+    def _assign(self, digest: str, rank: int, spare: bool) -> Slot | None:
+        slot = self._empty_slot(rank) or self._evict_for(rank, spare)
         if slot is None:
             self._exhausted += 1
             return None
@@ -311,22 +318,30 @@ class SlotPool:
                 return free.pop()
         return None
 
-    def _evict_for(self, rank: int) -> Slot | None:
-        victim: Slot | None = None
-        for slot in self._resident.values():  # least recently used first
-            fits = slot.refs == 0 and not slot.pinned and slot.class_rank >= rank
-            if fits and (victim is None or slot.class_rank < victim.class_rank):
-                victim = slot
-        if victim is not None:
-            self._vacate(victim)
-            self._evictions += 1
-            self._changed()
+    def _evict_for(self, rank: int, spare: bool) -> Slot | None:
+        victims: list[tuple[int, int, float, Slot]] = []
+        for digest, slot in self._resident.items():
+            if slot.refs or slot.pinned or slot.class_rank < rank:
+                continue
+            turn = self._wanted.get(digest)
+            if turn is None:
+                victims.append((0, slot.class_rank, self._eviction.value(digest), slot))
+            elif not spare:
+                victims.append((1, -turn, 0.0, slot))
+        if not victims:
+            return None
+        victim = min(victims, key=lambda entry: entry[:3])[3]
+        self._vacate(victim, evicted=True)
+        self._evictions += 1
+        self._changed()
         return victim
 
-    def _vacate(self, slot: Slot) -> None:
+    def _vacate(self, slot: Slot, *, evicted: bool = False) -> None:
         """Forget the adapter; its row goes to rank 0 behind the last step that read it."""
         assert slot.refs == 0 and slot.digest is not None
         del self._resident[slot.digest]
+        if slot.loaded:
+            self._eviction.removed(slot.digest, evicted=evicted)
         slot.digest, slot.rank, slot.loaded, slot.pinned = None, 0, False, False
         region = self.arena[slot.offset : slot.offset + slot.capacity]
         if self._stream is None:
@@ -350,3 +365,7 @@ class SlotPool:
         )
         if self._on_change is not None:
             self._on_change(self._residency)
+
+
+def _nothing() -> None:
+    """What a copy does at its end when nobody waits for it."""

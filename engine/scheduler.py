@@ -162,9 +162,7 @@ class Scheduler:
         if budget <= 0 or len(self.running) >= self.max_rows:
             return
         if self.slots is not None:
-            # What is asked for next is evicted last.
-            soon = [sequence.digest for sequence in self.waiting[: self.max_rows]]
-            self.slots.touch(digest for digest in reversed(soon) if digest is not None)
+            self.slots.want(sequence.digest for sequence in self.waiting if sequence.digest is not None)
         passed: list[Sequence] = []
         self._scarce_rank = sys.maxsize
         for sequence in self.waiting[:]:

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from adapter_store.errors import PinRefused
 from adapter_store.layout import AdapterLayout, TargetGroup, TargetModule
 from adapter_store.packed import PackedAdapter
 from adapter_store.slots import SLOT_ALIGNMENT, Residency, Slot, SlotPool
@@ -53,7 +54,7 @@ KEYS = st.integers(0, len(RANKS) - 1)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random acquire, load, release, touch and clear against a model that is a list and two dicts."""
+    """Random acquire, load, release, want, pin, remove and clear against a model that is a list and a few dicts."""
 
     @initialize(
         classes=st.dictionaries(st.sampled_from([2, 4, 8]), st.integers(1, 2), min_size=1), poison=st.booleans()
@@ -68,6 +69,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.loaded: set[str] = set()
         self.held: list[tuple[Slot, str]] = []
         self.hits = self.misses = self.evictions = self.exhausted = 0
+        self.wanted: list[str] = []
+        self.pinned: set[str] = set()
 
     def refs(self, digest: str) -> int:
         return sum(held == digest for _, held in self.held)
@@ -77,24 +80,28 @@ class PoolMachine(RuleBasedStateMachine):
             self.order.remove(digest)
         self.order.append(digest)
 
-    def class_to_give(self, rank: int) -> tuple[int, str | None] | None:
+    def class_to_give(self, rank: int, spare: bool) -> tuple[int, str | None] | None:
         """The class a new adapter goes to and whom it puts out, by the documented order of preference."""
         fitting = sorted(c for c in self.classes if c >= rank)
         for c in fitting:
             if list(self.where.values()).count(c) < self.classes[c]:
                 return c, None
+        may_go = [d for d in self.order if self.where[d] >= rank and not self.refs(d) and d not in self.pinned]
         for c in fitting:
-            for digest in self.order:
-                if self.where[digest] == c and self.refs(digest) == 0:
+            for digest in may_go:
+                if self.where[digest] == c and digest not in self.wanted:
                     return c, digest
+        for digest in reversed(self.wanted):
+            if digest in may_go and not spare:
+                return self.where[digest], digest
         return None
 
-    def expect_acquire(self, packed: PackedAdapter) -> bool:
+    def expect_acquire(self, packed: PackedAdapter, spare: bool) -> bool:
         digest = packed.digest
         if digest in self.where:
             self.use(digest)
             return True
-        choice = self.class_to_give(packed.rank)
+        choice = self.class_to_give(packed.rank, spare)
         if choice is None:
             self.exhausted += 1
             return False
@@ -108,16 +115,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.use(digest)
         return True
 
-    @rule(key=KEYS, load=st.booleans())
-    def acquire(self, key: int, load: bool) -> None:
+    @rule(key=KEYS, load=st.booleans(), spare=st.booleans())
+    def acquire(self, key: int, load: bool, spare: bool) -> None:
         packed = adapter(key, RANKS[key])
         if packed.rank > max(self.classes):
             with pytest.raises(ValueError, match=f"rank {packed.rank}"):
                 self.pool.acquire(packed.digest, packed.rank)
             return
         self.hits += packed.digest in self.where
-        given = self.expect_acquire(packed)
-        slot = self.pool.acquire(packed.digest, packed.rank)
+        given = self.expect_acquire(packed, spare)
+        slot = self.pool.acquire(packed.digest, packed.rank, spare=spare)
         assert (slot is not None) == given
         if slot is not None:
             self.take(slot, packed, load)
@@ -138,29 +145,9 @@ class PoolMachine(RuleBasedStateMachine):
         """Leaves the pool full of adapters that nobody uses: what eviction chooses from."""
         for key in keys:
             held = len(self.held)
-            self.acquire(key, load=True)
+            self.acquire(key, load=True, spare=False)
             if len(self.held) > held:
                 self.let_go(-1)
-
-    @rule(keys=st.lists(KEYS, min_size=1, max_size=6))
-    def acquire_batch(self, keys: list[int]) -> None:
-        batch = [adapter(key, RANKS[key]) for key in keys if RANKS[key] <= max(self.classes)]
-        resident = [packed for packed in batch if packed.digest in self.where]
-        self.hits += len(resident)
-        slots = self.pool.acquire_all([(packed.digest, packed.rank) for packed in batch])
-        for packed in resident:  # all of these first: none of them may be put out for another of the batch
-            self.use(packed.digest)
-        taken = [(s, p) for s, p in zip(slots, batch, strict=True) if p in resident]
-        for slot, packed in taken:
-            assert slot is not None
-            self.take(slot, packed, load=True)
-        for slot, packed in zip(slots, batch, strict=True):
-            if packed in resident:
-                continue
-            given = self.expect_acquire(packed)
-            assert (slot is not None) == given
-            if slot is not None:
-                self.take(slot, packed, load=True)
 
     @rule(key=KEYS)
     def acquire_only_if_resident(self, key: int) -> None:
@@ -183,24 +170,52 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.release(slot)
         self.use(digest)
         if self.refs(digest) == 0 and digest not in self.loaded:
-            self.order.remove(digest)
-            del self.where[digest]
+            self.forget(digest)
 
     @rule(keys=st.lists(KEYS, max_size=4))
-    def touch(self, keys: list[int]) -> None:
-        digests = [adapter(key, RANKS[key]).digest for key in keys]
-        self.pool.touch(digests)
-        for digest in digests:
-            if digest in self.where:
-                self.use(digest)
+    def want(self, keys: list[int]) -> None:
+        self.wanted = list(dict.fromkeys(adapter(key, RANKS[key]).digest for key in keys))
+        self.pool.want([adapter(key, RANKS[key]).digest for key in keys])
+
+    @rule(key=KEYS)
+    def pin_or_unpin(self, key: int) -> None:
+        digest = adapter(key, RANKS[key]).digest
+        slot = self.pool.find(digest)
+        largest = max(self.classes)
+        if digest in self.pinned:
+            assert self.pool.unpin(digest)
+            self.pinned.remove(digest)
+        elif slot is None:
+            assert not self.pool.unpin(digest)
+        elif self.where[digest] == largest and (
+            sum(self.where[d] == largest for d in self.pinned) == self.classes[largest] - 1
+        ):
+            with pytest.raises(PinRefused, match="must stay for other adapters"):
+                self.pool.pin(slot)
+        else:
+            self.pool.pin(slot)
+            self.pinned.add(digest)
+        assert set(self.pool.pinned) == self.pinned
+
+    @rule(key=KEYS)
+    def remove(self, key: int) -> None:
+        digest = adapter(key, RANKS[key]).digest
+        may = digest in self.where and not self.refs(digest)
+        assert self.pool.remove(digest) == may
+        if may:
+            self.forget(digest)
+
+    def forget(self, digest: str) -> None:
+        self.order.remove(digest)
+        del self.where[digest]
+        self.loaded.discard(digest)
+        self.pinned.discard(digest)
 
     @rule()
     def clear(self) -> None:
         self.pool.clear()
         for digest in [d for d in self.order if self.refs(d) == 0]:
-            self.order.remove(digest)
-            del self.where[digest]
-            self.loaded.discard(digest)
+            self.forget(digest)
 
     @invariant()
     def memory_holds_what_the_table_says(self) -> None:
@@ -252,7 +267,7 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
-def test_what_was_released_or_touched_last_goes_last() -> None:
+def test_what_was_released_last_goes_last_and_what_is_wanted_after_it() -> None:
     pool = SlotPool(LAYOUT, {4: 3}, torch.float32, "cpu")
     slots = {name: pool.acquire(name, 4) for name in "abc"}
     for name, slot in slots.items():
@@ -260,14 +275,14 @@ def test_what_was_released_or_touched_last_goes_last() -> None:
         pool.load(slot, PackedAdapter(name, name, 4, torch.zeros(LAYOUT.slab_elements(4))))
     for name in "bac":
         pool.release(slots[name])
-    pool.touch("bx")
-    for number, gone in enumerate("acb"):
+    pool.want("cbx")
+    for number, gone in enumerate("abc"):
         assert pool.find(gone) is not None
         assert pool.acquire(str(number), 4) is not None
         assert pool.find(gone) is None
 
 
-def test_a_batch_never_puts_out_its_own_adapters(device: str) -> None:
+def test_what_the_queue_wants_next_is_not_put_out_for_what_it_wants_now(device: str) -> None:
     pool = SlotPool(LAYOUT, {4: 2}, torch.float32, device, poison=True)
     old, warm, cold = adapter(0, 4), adapter(1, 4), adapter(2, 4)
     for packed in (warm, old):
@@ -276,9 +291,12 @@ def test_a_batch_never_puts_out_its_own_adapters(device: str) -> None:
         pool.load(slot, packed)
         pool.release(slot)
     # warm is the least recently used, yet the batch that brings cold also wants warm.
-    slots = pool.acquire_all([(cold.digest, 4), (warm.digest, 4)])
-    assert [slot.digest if slot else None for slot in slots] == [cold.digest, warm.digest]
+    pool.want([cold.digest, warm.digest])
+    assert pool.acquire(cold.digest, 4) is not None
+    assert pool.find(warm.digest) is not None
     assert pool.find(old.digest) is None
+    assert pool.acquire(adapter(3, 4).digest, 4, spare=True) is None
+    assert pool.find(warm.digest) is not None
 
 
 def test_reload_is_bit_identical_in_another_slot(device: str) -> None:
