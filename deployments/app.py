@@ -1,6 +1,8 @@
 """The Serve application: ``import_path: deployments.app:build``."""
 
 # No `from __future__ import annotations` here: Serve reads the builder's annotation as a class.
+import hashlib
+import json
 from typing import Any
 
 import ray
@@ -9,8 +11,9 @@ from ray.serve import Application
 from ray.serve.config import DeploymentActorConfig, RequestRouterConfig
 
 from deployments.gateway import Gateway
+from deployments.hub import HUB_NAME, FleetHub
+from deployments.live import LiveSettings
 from deployments.replica import LoraReplica
-from deployments.residency_feed import HUB_NAME, ResidencyHub
 from deployments.settings import FleetSettings
 
 MARGIN = 32  # a replica's own queue must be what refuses, so Serve lets this many more through
@@ -21,7 +24,16 @@ def build(args: FleetSettings) -> Application:
 
     Serve turns ``args`` of the configuration file into ``FleetSettings`` and reports what is wrong by field.
     """
+    return application(args)
+
+
+def application(args: FleetSettings, live: LiveSettings | None = None) -> Application:
+    """The same for ``serve.run`` from Python: what ``live`` says changes without a restart when it is run again.
+
+    serve.run(application(settings, LiveSettings(allow=["hub:acme/*"])), name="lorafleet")
+    """
     settings = args.resolved(cluster_gpus())
+    user_config = None if live is None else live.model_dump(exclude_none=True)
     engine = settings.engine_settings()
     router: dict[str, Any] = {
         "request_router_class": "deployments.router:AdapterRouter",
@@ -30,7 +42,7 @@ def build(args: FleetSettings) -> Application:
         "max_backoff_s": settings.routing.max_backoff_s,
     }
     hub = DeploymentActorConfig(
-        name=HUB_NAME, actor_class=ray.remote(ResidencyHub), actor_options={"num_cpus": 0, "max_concurrency": 1000}
+        name=HUB_NAME, actor_class=ray.remote(FleetHub), actor_options={"num_cpus": 0, "max_concurrency": 1000}
     )
     replica_deployment = serve.deployment(
         name="LoraReplica",
@@ -42,15 +54,21 @@ def build(args: FleetSettings) -> Application:
         ray_actor_options={"num_cpus": settings.replicas.num_cpus, "num_gpus": settings.replicas.num_gpus},
         request_router_config=RequestRouterConfig(**router),
         deployment_actors=[hub],
+        user_config=user_config,
     )
     gateway_deployment = serve.deployment(
         name="Gateway",
         num_replicas=settings.gateway.num_replicas,
         max_ongoing_requests=settings.gateway.max_ongoing_requests,
         ray_actor_options={"num_cpus": settings.gateway.num_cpus},
+        user_config=user_config,
     )
     plain = settings.model_dump(mode="json")
-    return gateway_deployment(serve.ingress()(Gateway)).bind(replica_deployment(LoraReplica).bind(plain), plain)
+    # Serve takes every `serve.run` for new code unless it is told a version; a configuration file has its own.
+    version = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    replicas = replica_deployment(LoraReplica).options(version=version, _internal=True)
+    gateway = gateway_deployment(serve.ingress()(Gateway)).options(version=version, _internal=True)
+    return gateway.bind(replicas.bind(plain), plain)
 
 
 def cluster_gpus() -> float:

@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from adapter_store.catalog import Catalog
 from adapter_store.digest import CONFIG_FILE
+from adapter_store.names import AdapterNames
 from adapter_store.source import AdapterRef
-from deployments.service import check_names
+from deployments.directory import check_names
+from deployments.live import with_live
+from deployments.mistakes import told, unknown
 from deployments.settings import FleetSettings
 from engine.spec import ModelSpec
 
 OURS = "deployments.app:build"
 OUR_PACKAGE = "deployments."
+LIVE_DEPLOYMENTS = ("Gateway", "LoraReplica")
 SHORT_PROMPT = 64  # tokens
 
 
@@ -40,7 +43,7 @@ def mistakes(file: Path) -> Iterator[str]:
         yield str(error)
         return
     except ValidationError as error:
-        yield from _told(error, "", ServeDeploySchema)
+        yield from told(error, "", ServeDeploySchema)
         return
     if taken := _port_taken(schema.http_options.host, schema.http_options.port):
         yield taken
@@ -48,10 +51,11 @@ def mistakes(file: Path) -> Iterator[str]:
     for number, (application, written) in enumerate(zip(schema.applications, config["applications"], strict=True)):
         place = f"applications.{number}"
         for key in sorted(map(str, set(written) - set(known))):  # Serve passes over them
-            yield f"{place}.{key}: {_unknown(known)}"
+            yield f"{place}.{key}: {unknown(known)}"
         path = application.import_path
         if _is_ours(path):
             yield from application_mistakes(application.args)
+            yield from user_config_mistakes(application, place)
         elif path.startswith(OUR_PACKAGE):
             yield f"{place}.import_path: there is no application at {path!r}: write {OURS}"
 
@@ -61,7 +65,7 @@ def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
     try:
         settings = FleetSettings.model_validate(args)
     except ValidationError as error:
-        yield from _told(error, "args.", FleetSettings)
+        yield from told(error, "args.", FleetSettings)
         return
     try:
         spec = ModelSpec.from_dir(settings.model_folder())
@@ -71,19 +75,42 @@ def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
         asked = settings.engine_settings().max_model_len
         if asked is not None and asked > spec.max_position_embeddings:
             yield f"args.engine.max_model_len: {asked} is more than the model's {spec.max_position_embeddings}"
+    yield from adapter_mistakes(settings, "args")
+
+
+def user_config_mistakes(application: ServeApplicationSchema, place: str) -> Iterator[str]:
+    """What is wrong with the ``user_config`` of an application's deployments."""
+    try:
+        args = FleetSettings.model_validate(application.args)
+    except ValidationError:
+        return  # told already
+    for number, deployment in enumerate(application.deployments):
+        where = f"{place}.deployments.{number}"
+        if not isinstance(deployment.user_config, dict) or deployment.name not in LIVE_DEPLOYMENTS:
+            continue
+        try:
+            settings = with_live(args, deployment.user_config)
+        except ValueError as error:
+            yield f"{where}.{error}"
+            continue
+        yield from adapter_mistakes(settings, f"{where}.user_config")
+
+
+def adapter_mistakes(settings: FleetSettings, place: str) -> Iterator[str]:
+    """Adapters of the settings that are not where they should be, or have a name that is taken."""
     store = settings.store_settings()
     missing = [folder for folder in settings.adapter_folders if not store.path(folder).is_dir()]
     for folder in missing:
-        yield f"args.adapter_folders: there is no folder {store.path(folder)}"
+        yield f"{place}.adapter_folders: there is no folder {store.path(folder)}"
     there = tuple(folder for folder in settings.adapter_folders if folder not in missing)
     try:
-        check_names(settings.base_model_name, Catalog(replace(store, folders=there)))
+        check_names(settings.base_model_name, AdapterNames(replace(store, folders=there)).names())
     except ValueError as error:
         yield f"args.model_name: {error}"
     for name, text in settings.adapters.items():
         ref = AdapterRef.parse(text)
         if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():
-            yield f"args.adapters[{name!r}]: there is no {CONFIG_FILE} in {store.path(ref.id)}"
+            yield f"{place}.adapters[{name!r}]: there is no {CONFIG_FILE} in {store.path(ref.id)}"
 
 
 def warnings(file: Path) -> Iterator[str]:
@@ -109,30 +136,6 @@ def application_warnings(args: dict[str, Any]) -> Iterator[str]:
 
 def _is_ours(import_path: str) -> bool:
     return import_path.replace(":", ".") == OURS.replace(":", ".")  # Serve takes both
-
-
-def _told(error: ValidationError, before: str, model: type[BaseModel]) -> Iterator[str]:
-    for one in error.errors():
-        where = [str(part) for part in one["loc"]]
-        message = one["msg"].removeprefix("Value error, ")
-        if one["type"] == "extra_forbidden":
-            message = _unknown(_keys(model, where[:-1]))
-        # What FleetSettings finds wrong between fields has no place of its own, and begins with it.
-        yield f"{before}{'.'.join(where)}: {message}" if where else f"{before}{message}"
-
-
-def _unknown(known: list[str]) -> str:
-    return f"unknown key; known are {', '.join(known)}"
-
-
-def _keys(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys of the section at ``path``."""
-    for part in path:
-        inner = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
-    return sorted(model.model_fields)
 
 
 def _port_taken(host: str | None, port: int | None) -> str | None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from adapter_store.catalog import Catalog
+from deployments.adapter_admin import AdapterAdmin
+from deployments.adapter_routes import add_adapter_routes
+from deployments.declaration_feed import DeclarationFeed
+from deployments.directory import AdapterDirectory
 from deployments.fleet import Fleet
 from deployments.generation import Generation
 from deployments.handle_errors import builtin_error
 from deployments.http_app import create_http_app
+from deployments.hub import SERVE_NAMESPACE
+from deployments.live import LiveConfig
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import read_body, usage
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception
+from deployments.replicas import ServedReplicas
 from deployments.routing_counters import counters
 from deployments.service import CompletionService
 from deployments.settings import FleetSettings
@@ -41,20 +50,34 @@ class Gateway:
     """
 
     def __init__(self, replicas: DeploymentHandle, settings: dict[str, Any]) -> None:
-        fleet_settings = FleetSettings.model_validate(settings)
+        args = FleetSettings.model_validate(settings)
+        limits = args.service_limits()
         self._replicas = replicas
+        self._config = LiveConfig(args)
+        self._directory = AdapterDirectory(args.base_model_name, Catalog(args.store_settings()), limits.threads)
+        self._feed = DeclarationFeed(self._find_hub, self._directory.hear)
+        self._directory.feed = self._feed
         self._service = CompletionService(
-            fleet_settings.base_model_name,
-            fleet_settings.model_folder(),
-            Catalog(fleet_settings.store_settings()),
-            Fleet(replicas),
-            fleet_settings.max_model_len(),
-            fleet_settings.service_limits(),
+            self._directory, args.model_folder(), Fleet(replicas), args.max_model_len(), limits
         )
+        load_seconds = args.store_settings().hub_download_timeout_s
+        self._admin = AdapterAdmin(self._directory, self._feed, ServedReplicas(replicas), load_seconds)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: the routes close over this replica's service."""
-        return create_http_app(self._service)
+        app = create_http_app(self._service)
+        add_adapter_routes(app, self._admin, self._config.settings.gateway.admin, lambda: self._config.refused)
+        return app
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Put a ``user_config`` into force, see ``LiveSettings``. One with a mistake changes nothing."""
+        await asyncio.to_thread(
+            self._config.take, user_config, lambda live: self._directory.reconfigure(live.store_settings())
+        )
+
+    async def check_health(self) -> None:
+        """Called by Serve, on the loop that requests run on: the ear for declarations opens here at the latest."""
+        self._feed.start()
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """One whole answer: ``{"id", "model", "text", "token_ids", "finish_reason", "stop_reason", "logprobs",
@@ -104,6 +127,11 @@ class Gateway:
     def routing_counters(self) -> dict[str, int]:
         """Routing decisions of this process by reason: resident, spread, host_cached, home, least_loaded."""
         return counters.as_dict()
+
+    async def _find_hub(self) -> Any:
+        """The replicas know it: it belongs to their deployment. Finding it blocks on the cluster's store."""
+        name = await self._replicas.hub_name.remote()
+        return await asyncio.get_running_loop().run_in_executor(None, ray.get_actor, name, SERVE_NAMESPACE)
 
     async def _start(self, request: dict[str, Any], *, stream: bool) -> Generation:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from engine.request import GenerationChunk
@@ -25,17 +25,6 @@ class StreamPacing:
     def delay_s(self, streams: int) -> float:
         """Least time between two items of one stream while ``streams`` are open."""
         return min(self.max_delay_s, streams / self.items_per_s)
-
-    def changed(self, user_config: Mapping[str, float]) -> StreamPacing:
-        """The same with ``stream_items_per_s`` and ``stream_max_delay_s`` of a ``user_config`` applied.
-
-        Raises ValueError for anything else in it, and for values out of range.
-        """
-        known = {"stream_items_per_s": self.items_per_s, "stream_max_delay_s": self.max_delay_s}
-        if unknown := sorted(set(user_config) - set(known)):
-            raise ValueError(f"user_config: {', '.join(unknown)} cannot change live; only {', '.join(known)} can")
-        values = {**known, **user_config}
-        return StreamPacing(values["stream_items_per_s"], values["stream_max_delay_s"])
 
 
 async def paced(

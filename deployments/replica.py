@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -14,9 +14,15 @@ from ray import serve
 
 from adapter_store.slots import Residency
 from deployments import wire
+from deployments.declaration_feed import DeclarationFeed
+from deployments.declarations import Declaration
+from deployments.hub import HUB_NAME
+from deployments.live import LiveConfig
 from deployments.pacing import StreamPacing, paced, together
+from deployments.pins import PinKeeper
+from deployments.replica_adapters import ReplicaAdapters
 from deployments.residency import ReplicaNews, short_key
-from deployments.residency_feed import HUB_NAME, ResidencyPublisher
+from deployments.residency_feed import ResidencyPublisher
 from deployments.settings import FleetSettings
 from engine.engine import Engine
 from engine.request import EngineDead, EngineOverloaded, GenerationRequest
@@ -30,7 +36,8 @@ class LoraReplica:
     async def __init__(self, settings: dict[str, Any]) -> None:
         parsed = FleetSettings.model_validate(settings)
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._pacing = StreamPacing(parsed.replicas.stream_items_per_s, parsed.replicas.stream_max_delay_s)
+        self._config = LiveConfig(parsed)
+        self._pacing = _pacing(parsed)
         engine_settings = parsed.engine_settings()
         self._capacity = engine_settings.max_rows + engine_settings.max_waiting
         self._streams = 0
@@ -41,6 +48,14 @@ class LoraReplica:
         self._hub_name = await hub.name.remote()
         self._engine = Engine(engine_settings, self._on_residency)
         await self._engine.start()
+        self._adapters = ReplicaAdapters(self._engine)
+        self._feed = DeclarationFeed(_own_hub, self._hear)
+        self._pins: PinKeeper | None = None
+        store = self._engine.parts.store
+        if store is not None:
+            refresh_s = engine_settings.store.hub_refresh_s
+            self._pins = PinKeeper(self._engine, store.catalog, self._feed.known.pinned, refresh_s)
+        self._feed.start()
         self._publisher = ResidencyPublisher(self._news, lambda: serve.get_deployment_actor(HUB_NAME))
         logger.info("ready: %s can be asked now", parsed.base_model_name)
 
@@ -53,11 +68,13 @@ class LoraReplica:
         """
         self._streams += 1
         try:
-            chunks = self._engine.generate(GenerationRequest.from_dict(request))
-            items = together(chunks) if whole else paced(chunks, self._delay_s)
-            async with aclosing(chunks), aclosing(items):
-                async for chunk in items:
-                    yield wire.encode_chunk(chunk)
+            asked = GenerationRequest.from_dict(request)
+            with self._adapters.used_by_request(asked.adapter, asked.adapter_digest):
+                chunks = self._engine.generate(asked)
+                items = together(chunks) if whole else paced(chunks, self._delay_s)
+                async with aclosing(chunks), aclosing(items):
+                    async for chunk in items:
+                        yield wire.encode_chunk(chunk)
         except wire.REFUSALS as error:
             self._watch_queue(full=isinstance(error, EngineOverloaded))
             if isinstance(error, EngineDead) and not self._draining:
@@ -77,10 +94,27 @@ class LoraReplica:
         if not self._engine.healthy:
             raise EngineDead("the engine's step loop has stopped")
 
-    def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """``user_config`` changes the pacing of streams without a restart: ``stream_items_per_s`` and
-        ``stream_max_delay_s``. Raises ValueError for anything else."""
-        self._pacing = self._pacing.changed(user_config or {})
+    async def order(self, method: str, *args: Any) -> dict[str, Any]:
+        """An operator's order, from a gateway: ``{"replica", "result"}``, or what ``wire.encode_error`` makes of a
+        refusal."""
+        orders: dict[str, Callable[..., Awaitable[Any]]] = {
+            "prefetch": self._adapters.prefetch,
+            "unload": self._adapters.unload,
+            "settle_pins": self._settle_pins,
+            "held": self._held,
+        }
+        try:
+            return {"replica": self._name, "result": await orders[method](*args)}
+        except wire.REFUSALS as error:
+            return wire.encode_error(error, self._name)
+
+    def hub_name(self) -> str:
+        """Where gateways listen for what is declared at run time."""
+        return self._hub_name
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Put a ``user_config`` into force, see ``LiveSettings``. One with a mistake changes nothing."""
+        await asyncio.to_thread(self._config.take, user_config, self._apply)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve once; routers learn here where to listen for residency news."""
@@ -89,8 +123,31 @@ class LoraReplica:
     async def __del__(self) -> None:
         """Called by Serve when the replica has drained."""
         self._draining = True
+        await self._feed.close()
+        if self._pins is not None:
+            await self._pins.close()
         await self._publisher.close()
         await self._engine.close()
+
+    def _apply(self, settings: FleetSettings) -> None:
+        store = self._engine.parts.store
+        if store is not None:
+            store.catalog.reconfigure(settings.store_settings())
+        self._pacing = _pacing(settings)
+
+    async def _hear(self, news: list[Declaration]) -> None:
+        store = self._engine.parts.store
+        if store is None or self._pins is None:
+            return
+        store.catalog.declare(self._feed.known.references())
+        self._pins.changed()
+
+    async def _settle_pins(self) -> dict[str, str]:
+        failed = {} if self._pins is None else await self._pins.settle()
+        return {name: error.reason for name, error in failed.items()}
+
+    async def _held(self) -> dict[str, Any]:
+        return self._adapters.held()
 
     def _delay_s(self) -> float:
         return self._pacing.delay_s(self._streams)
@@ -120,3 +177,12 @@ class LoraReplica:
             self._saturated,
             self._draining,
         )
+
+
+def _pacing(settings: FleetSettings) -> StreamPacing:
+    return StreamPacing(settings.replicas.stream_items_per_s, settings.replicas.stream_max_delay_s)
+
+
+async def _own_hub() -> Any:
+    """The hub that Serve keeps beside this deployment. Finding it blocks on the cluster's store."""
+    return await asyncio.get_running_loop().run_in_executor(None, serve.get_deployment_actor, HUB_NAME)

@@ -6,15 +6,13 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterChanged
-from adapter_store.source import ResolvedAdapter
+from deployments.directory import AdapterDirectory
 from deployments.fleet import Generator
 from deployments.generation import Generation
 from deployments.protocol.chat import ChatBody
@@ -44,36 +42,28 @@ class ServiceLimits:
 
 
 class CompletionService:
-    """Names models, turns text into tokens, and starts generations.
-
-    Everything that may block runs in threads: looking adapters up on the Hub in one pool, text and local lookups
-    in another, so that a slow Hub holds up nobody else.
-    """
+    """Names models, turns text into tokens, and starts generations."""
 
     def __init__(
         self,
-        base_model: str,
+        directory: AdapterDirectory,
         model_folder: Path,
-        catalog: Catalog,
         generator: Generator,
         max_model_len: int,
         limits: ServiceLimits | None = None,
     ) -> None:
         """max_model_len: most tokens of a prompt and its completion together, as the engines have it.
 
-        Raises ValueError when the folder has no usable tokenizer or an adapter has the base model's name.
+        Raises ValueError when the folder has no usable tokenizer.
         """
-        self.base_model = base_model
+        self.base_model = directory.base_model
+        self.directory = directory
         self._folder = model_folder
         self._tokenizer = Tokenizer.from_dir(model_folder)
-        self._catalog = catalog
         self._generator = generator
         self._max_model_len = max_model_len
         self.limits = limits or ServiceLimits()
         self._started = int(time.time())
-        self._text_pool = ThreadPoolExecutor(self.limits.threads, "text")
-        self._hub_pool = ThreadPoolExecutor(self.limits.threads, "hub")
-        check_names(base_model, catalog)
 
     async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
         """Begin to generate: on return every choice has its first chunk, or without ``stream`` its only one.
@@ -89,7 +79,9 @@ class CompletionService:
                 "n" if n > 1 else "prompt",
                 f"{count} prompts x n={n} are over the limit of {self.limits.max_choices} completions",
             )
-        adapter, prompts = await asyncio.gather(self._resolve(body.model), self._in_text_pool(self._prompts, body))
+        adapter, prompts = await asyncio.gather(
+            self.directory.resolve(body.model), self.directory.in_text_pool(self._prompts, body)
+        )
         for prompt in prompts:
             check_length(
                 len(prompt),
@@ -111,7 +103,11 @@ class CompletionService:
                     tenant=body.user or "",
                 )
                 streams.append(self._generate(request, body.model, whole=not stream))
-        echoes = await self._in_text_pool(self._echoes, body) if isinstance(body, CompletionBody) and body.echo else []
+        echoes = (
+            await self.directory.in_text_pool(self._echoes, body)
+            if isinstance(body, CompletionBody) and body.echo
+            else []
+        )
         echoes = [text for text in echoes for _ in range(n)]
         created = int(time.time())
         generation = Generation(request_id, created, body.model, streams, n, echoes, self._tokenizer.token_bytes)
@@ -120,21 +116,19 @@ class CompletionService:
 
     async def models(self) -> dict[str, Any]:
         """The base model and every adapter that has a name, as OpenAI's list."""
-        names = await self._in_text_pool(self._catalog.names)
+        names = await self.directory.names()
         return model_list([self._base_object(), *map(self._adapter_object, names)])
 
     async def model(self, name: str) -> dict[str, Any]:
         """One model. Raises AdapterNotFound and what looking it up raises."""
         if name == self.base_model:
             return self._base_object()
-        await self._resolve(name)
+        await self.directory.resolve(name)
         return self._adapter_object(name)
 
     def close(self) -> None:
         """Give threads and connections back."""
-        self._text_pool.shutdown(wait=False, cancel_futures=True)
-        self._hub_pool.shutdown(wait=False, cancel_futures=True)
-        self._catalog.close()
+        self.directory.close()
 
     async def _generate(
         self, request: GenerationRequest, model: str, *, whole: bool
@@ -150,20 +144,12 @@ class CompletionService:
         except AdapterChanged:
             if started:
                 raise
-        adapter = await self._resolve(model)
+        adapter = await self.directory.resolve(model)
         if adapter is not None:
             request = replace(request, adapter=str(adapter.ref), adapter_digest=adapter.digest)
         async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
             async for chunk in chunks:
                 yield chunk
-
-    async def _resolve(self, model: str) -> ResolvedAdapter | None:
-        """None for the base model."""
-        if model == self.base_model:
-            return None
-        ref = await self._in_text_pool(self._catalog.find, model)
-        pool = self._hub_pool if ref.source == "hub" else self._text_pool
-        return await asyncio.get_running_loop().run_in_executor(pool, self._catalog.resolve_ref, model, ref)
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
         most = self._max_model_len
@@ -174,20 +160,11 @@ class CompletionService:
     def _echoes(self, body: CompletionBody) -> list[str]:
         return [p if isinstance(p, str) else self._tokenizer.decode(p) for p in body.prompts()]
 
-    async def _in_text_pool(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._text_pool, function, *args)
-
     def _base_object(self) -> dict[str, Any]:
         return model_object(self.base_model, self._started, root=self._folder.name)
 
     def _adapter_object(self, name: str) -> dict[str, Any]:
         return model_object(name, self._started, root=name, parent=self.base_model)
-
-
-def check_names(base_model: str, catalog: Catalog) -> None:
-    """Raises ValueError when an adapter has the base model's name."""
-    if base_model in catalog.names():
-        raise ValueError(f"an adapter is named {base_model!r} like the base model: set model_name or rename it")
 
 
 def _nth_sample(sampling: SamplingParams, sample: int) -> SamplingParams:

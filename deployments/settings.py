@@ -74,12 +74,14 @@ class RoutingSection(_PolicySection):
 class GatewaySection(_LimitsSection):
     """Fields of ``ServiceLimits``, and how the Gateway deployment runs.
 
-    max_ongoing_requests: requests one gateway holds open; Serve queues the rest.
+    max_ongoing_requests: requests one gateway holds open; Serve queues the rest. admin: who may use /v1/adapters and
+    vLLM's load and unload endpoints: clients of the same machine, everybody who can reach the server, nobody.
     """
 
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.25, ge=0)
     max_ongoing_requests: int = Field(default=1024, ge=1)
+    admin: Literal["loopback", "on", "off"] = "loopback"
 
 
 class ReplicaSection(_Section):
@@ -197,7 +199,7 @@ class FleetSettings(_Section):
 
     def service_limits(self) -> ServiceLimits:
         """For one gateway."""
-        own = {"num_replicas", "num_cpus", "max_ongoing_requests"}
+        own = {"num_replicas", "num_cpus", "max_ongoing_requests", "admin"}
         return ServiceLimits(**self.gateway.model_dump(exclude=own))
 
     def policy(self) -> Mapping[str, Any]:

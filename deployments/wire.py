@@ -40,9 +40,15 @@ def decode(item: dict[str, Any], model: str) -> GenerationChunk:
 
     model: what the client called the adapter, for messages: a replica knows it by its reference only.
     """
+    raise_error(item, model)
+    return GenerationChunk.from_dict(item)
+
+
+def raise_error(item: dict[str, Any], model: str) -> None:
+    """Raise what ``encode_error`` made; nothing happens for another item."""
     kind = item.get("error")
     if kind is None:
-        return GenerationChunk.from_dict(item)
+        return
     if kind == InvalidRequest.__name__:
         raise InvalidRequest(item["message"], item["param"], item.get("code"))
     if kind in _PLAIN_ERRORS:

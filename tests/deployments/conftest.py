@@ -13,8 +13,10 @@ import pytest
 from adapter_store.catalog import Catalog
 from adapter_store.settings import StoreSettings
 from deployments import wire
+from deployments.directory import AdapterDirectory
 from deployments.http_app import create_http_app
 from deployments.pacing import together
+from deployments.replica_adapters import ReplicaAdapters
 from deployments.service import CompletionService, ServiceLimits
 from engine.engine import Engine
 from engine.request import GenerationChunk, GenerationRequest
@@ -37,18 +39,20 @@ class LocalFleet:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.adapters = ReplicaAdapters(engine)
 
     async def generate(
         self, request: GenerationRequest, model: str, *, whole: bool = False
     ) -> AsyncGenerator[GenerationChunk]:
-        chunks = self.engine.generate(GenerationRequest.from_dict(request.to_dict()))
-        items = together(chunks) if whole else chunks
-        async with aclosing(chunks), aclosing(items):
-            try:
-                async for chunk in items:
-                    yield wire.decode(wire.encode_chunk(chunk), model)
-            except wire.REFUSALS as error:
-                wire.decode(wire.encode_error(error, "local"), model)
+        try:
+            with self.adapters.used_by_request(request.adapter, request.adapter_digest):
+                chunks = self.engine.generate(GenerationRequest.from_dict(request.to_dict()))
+                items = together(chunks) if whole else chunks
+                async with aclosing(chunks), aclosing(items):
+                    async for chunk in items:
+                        yield wire.decode(wire.encode_chunk(chunk), model)
+        except wire.REFUSALS as error:
+            wire.decode(wire.encode_error(error, "local"), model)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +74,8 @@ def fleet(engine: Engine) -> LocalFleet:
 @pytest.fixture
 def service(fleet: LocalFleet) -> Iterator[CompletionService]:
     limits = ServiceLimits(max_choices=16, threads=2, max_body_bytes=2**16)
-    made = CompletionService(BASE_MODEL, DEMO / "model", Catalog(STORE), fleet, fleet.engine.max_model_len, limits)
+    directory = AdapterDirectory(BASE_MODEL, Catalog(STORE), limits.threads)
+    made = CompletionService(directory, DEMO / "model", fleet, fleet.engine.max_model_len, limits)
     yield made
     made.close()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from deployments.hub import FleetHub
 from deployments.residency import ReplicaNews, ResidencyView, short_key
-from deployments.residency_feed import ResidencyHub
 
 DIGEST = "ab" * 32
 OTHER = "cd" * 32
@@ -47,7 +47,7 @@ def test_a_dead_replica_is_forgotten_and_the_others_are_not():
 
 
 async def test_a_watcher_gets_what_is_new_since_its_cursor():
-    hub = ResidencyHub()
+    hub = FleetHub()
     await hub.publish(news("a", 1, DIGEST))
     cursor, reports = await hub.watch()
     assert [r.replica for r in reports] == ["a"]
@@ -65,7 +65,7 @@ async def test_a_watcher_gets_what_is_new_since_its_cursor():
 
 
 async def test_a_restarted_hub_sends_everything_to_a_watcher_with_an_old_cursor():
-    old, new = ResidencyHub(), ResidencyHub()
+    old, new = FleetHub(), FleetHub()
     for version in range(1, 6):
         await old.publish(news("a", version, DIGEST))
     cursor, _ = await old.watch()

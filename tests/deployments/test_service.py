@@ -7,10 +7,10 @@ import pytest
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterChanged
 from adapter_store.settings import StoreSettings
+from deployments.directory import AdapterDirectory
 from deployments.protocol.chat import logprobs_object
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError
-from deployments.service import CompletionService
 from engine.request import TokenLogprob
 from examples.demo.words import answer, held_out_prompts
 
@@ -73,10 +73,10 @@ async def test_each_choice_is_a_request_of_its_own_with_the_same_adapter_content
     assert all(request.adapter.startswith("local:") for request in requests)
 
 
-def test_an_adapter_named_like_the_base_model_is_refused_at_the_start(fleet):
+def test_an_adapter_named_like_the_base_model_is_refused_at_the_start():
     store = StoreSettings(folders=STORE.folders, adapters={"base": f"local:{DEMO / 'adapters' / 'shout'}"})
     with pytest.raises(ValueError, match="'base' like the base model"):
-        CompletionService("base", DEMO / "model", Catalog(store), fleet, 512)
+        AdapterDirectory("base", Catalog(store))
 
 
 def test_the_bytes_of_a_token_are_null_where_the_tokenizer_does_not_tell():

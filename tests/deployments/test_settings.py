@@ -119,16 +119,6 @@ def test_pacing_spaces_items_by_open_streams_up_to_the_longest_delay():
     assert pacing.delay_s(1) == 0.001 and pacing.delay_s(50) == 0.05 and pacing.delay_s(1000) == 0.1
 
 
-def test_pacing_is_changed_live_and_only_pacing():
-    pacing = StreamPacing(1000, 0.1)
-    assert pacing.changed({"stream_items_per_s": 50}) == StreamPacing(50, 0.1)
-    assert pacing.changed({}) == pacing
-    with pytest.raises(ValueError, match="max_rows"):
-        pacing.changed({"max_rows": 3})
-    with pytest.raises(ValueError, match="stream_items_per_s"):
-        pacing.changed({"stream_items_per_s": 0})
-
-
 async def test_a_paced_stream_is_read_slowly_and_ends_without_delay():
     taken = []
 

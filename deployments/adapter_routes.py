@@ -1,0 +1,152 @@
+"""``/v1/adapters`` and vLLM's two endpoints over an ``AdapterAdmin``. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from adapter_store.errors import AdapterNotFound
+from adapter_store.source import AdapterRef
+from deployments.adapter_admin import AdapterAdmin
+from deployments.protocol.adapters import AdapterBody, LoadLoraBody, UnloadLoraBody
+from deployments.protocol.errors import ApiError, from_exception, invalid
+
+Access = Literal["loopback", "on", "off"]
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+
+
+def add_adapter_routes(
+    app: FastAPI, admin: AdapterAdmin, access: Access, refused: Callable[[], str | None] = lambda: None
+) -> None:
+    """access: who may use them. refused: why the last ``user_config`` is not in force, for listings."""
+
+    def allowed(request: Request) -> None:
+        if access == "off" or (access == "loopback" and not from_this_machine(request)):
+            raise ApiError(
+                403,
+                "adapters are administered from the server's own machine only: the setting gateway.admin is "
+                f"{access!r}; 'on' lets everybody who can reach the server in, as there are no API keys yet",
+                kind="permission_error",
+                code="admin_disabled",
+            )
+
+    router = APIRouter(prefix="/v1", dependencies=[Depends(allowed)])
+    actions: dict[str, Callable[[str], Awaitable[dict[str, Any]]]] = {
+        "prefetch": admin.prefetch,
+        "pin": admin.pin,
+        "unpin": admin.unpin,
+        "refresh": admin.refresh,
+    }
+
+    @router.get("/adapters")
+    async def list_adapters(after: str = "", limit: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> dict[str, Any]:
+        shown, more = await admin.page(after, limit)
+        return {"object": "list", "data": shown, "has_more": more, "user_config_refused": refused()}
+
+    @router.post("/adapters")
+    async def declare(body: AdapterBody) -> JSONResponse:
+        added = await admin.declare(body.name, body.reference, pinned=body.pinned, replace=body.replace)
+        return JSONResponse(added.adapter, status_code=201 if added.new else 200)
+
+    @router.get("/adapters/{name:path}")
+    async def get(name: str) -> dict[str, Any]:
+        return await admin.get(name)
+
+    @router.delete("/adapters/{name:path}")
+    async def remove(name: str, wait_s: float = 0.0) -> dict[str, Any]:
+        await admin.remove(name, wait_s)
+        return {"object": "adapter", "name": name, "deleted": True}
+
+    @router.post("/adapters/{name_and_action:path}")
+    async def act(name_and_action: str) -> dict[str, Any]:
+        name, _, action = name_and_action.rpartition(":")
+        if action not in actions or not name:
+            raise ApiError(404, f"there is no action {action!r}: {', '.join(actions)}", code="not_found")
+        return await actions[action](name)
+
+    @router.post("/load_lora_adapter")
+    async def load_lora_adapter(body: LoadLoraBody) -> Response:
+        if not body.lora_name or not body.lora_path:
+            return _vllm_error(400, "Both 'lora_name' and 'lora_path' must be provided.", "InvalidUserInput")
+        try:
+            added = await admin.declare(body.lora_name, lora_reference(body.lora_path), replace=body.load_inplace)
+            if not added.new and not body.load_inplace:
+                raise ApiError(409, "it is declared already", code="adapter_exists")
+            if not added.new:
+                await admin.refresh(body.lora_name)
+        except Exception as error:
+            return _vllm_refusal(error, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/unload_lora_adapter")
+    async def unload_lora_adapter(body: UnloadLoraBody) -> Response:
+        if not body.lora_name:
+            message = "'lora_name' needs to be provided to unload a LoRA adapter."
+            return _vllm_error(400, message, "InvalidUserInput")
+        try:
+            await admin.remove(body.lora_name, body.wait_s)
+        except AdapterNotFound:
+            return _vllm_error(404, f"The lora adapter '{body.lora_name}' cannot be found.", "NotFoundError")
+        except Exception as error:
+            return _vllm_refusal(error, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    app.include_router(router)
+
+
+def lora_reference(path: str) -> str:
+    """vLLM's ``lora_path`` as a reference: one already, a folder of this machine, or a repository of the Hub."""
+    try:
+        return str(AdapterRef.parse(path))
+    except ValueError:
+        if path.startswith(("/", "~", "./", "../")):
+            return f"local:{path}"
+    try:
+        return str(AdapterRef.parse(f"hub:{path}"))
+    except ValueError:
+        raise invalid("lora_path", f"lora_path is {path!r}: an absolute folder, org/name, or a reference") from None
+
+
+def from_this_machine(request: Request) -> bool:
+    """Whether a client of this machine sent the request, neither through a proxy nor from a foreign web page."""
+    headers = request.headers
+    if any(name in headers for name in _FORWARDED) or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1":
+        return False
+    names = [request.client.host if request.client else "", urlsplit(f"//{headers.get('host', '')}").hostname or ""]
+    if origin := headers.get("origin"):
+        names.append(urlsplit(origin).hostname or "")
+    return all(map(_is_loopback, names))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _vllm_error(status: int, message: str, kind: str) -> JSONResponse:
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": None, "code": status}}, status_code=status
+    )
+
+
+def _vllm_refusal(error: Exception, name: str) -> JSONResponse:
+    """vLLM's shape for what we refuse: its 404 for what is not there, 400 for what its caller can put right."""
+    told = from_exception(error)
+    if told.code == "internal_error":
+        raise error  # logged, and told in the envelope that every such error has
+    if told.code == "adapter_exists":
+        remedy = "If you want to load the adapter in place, set 'load_inplace' to True."
+        return _vllm_error(400, f"The lora adapter '{name}' has already been loaded. {remedy}", "InvalidUserInput")
+    kinds = {404: "NotFoundError", 409: "InvalidUserInput", 400: "InvalidUserInput", 422: "BadRequestError"}
+    status = {404: 404, 409: 400, 400: 400, 422: 400}.get(told.status, 500)
+    return _vllm_error(status, told.message, kinds.get(told.status, "InternalServerError"))

@@ -1,0 +1,111 @@
+"""A gateway's look-up of adapters: the catalog, what was declared at run time, and the threads that may wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from adapter_store.catalog import Catalog
+from adapter_store.errors import AdapterNotFound, AdapterUnavailable
+from adapter_store.names import AdapterNames, NamedAdapter
+from adapter_store.settings import StoreSettings
+from adapter_store.source import ResolvedAdapter
+from deployments.declarations import Declaration, Declarations
+
+T = TypeVar("T")
+
+
+class Feed(Protocol):
+    """What the directory needs of a ``DeclarationFeed``."""
+
+    known: Declarations
+
+    @property
+    def heard(self) -> bool:
+        """Whether what was declared before this process began is known."""
+        ...
+
+    async def wait_heard(self) -> bool:
+        """Wait a while for that."""
+        ...
+
+    async def declare(self, name: str, **changes: Any) -> Declaration:
+        """Change the word on a name, everywhere."""
+        ...
+
+
+class AdapterDirectory:
+    """Names to content for one gateway. Everything that may block runs in threads: sources that are on a network in
+    one pool, text and local look-ups in another, so that a slow source holds up nobody else.
+    """
+
+    def __init__(self, base_model: str, catalog: Catalog, threads: int = 8) -> None:
+        """Raises ValueError when an adapter has the base model's name."""
+        check_names(base_model, catalog.names())
+        self.base_model = base_model
+        self.catalog = catalog
+        self.feed: Feed | None = None
+        self._text_pool = ThreadPoolExecutor(threads, "text")
+        self._network_pool = ThreadPoolExecutor(threads, "sources")
+
+    def reconfigure(self, settings: StoreSettings) -> None:
+        """Take over the names of these settings. Raises ValueError for a mistake; nothing has changed then."""
+        check_names(self.base_model, AdapterNames(settings).names())
+        self.catalog.reconfigure(settings)
+
+    async def hear(self, news: list[Declaration]) -> None:
+        """Put new declarations into force."""
+        assert self.feed is not None
+        for one in news:
+            if one.refreshes and (found := await self.in_text_pool(self._named_or_none, one.name)) is not None:
+                self.catalog.forget(found.ref)
+        self.catalog.declare(self.feed.known.references())
+
+    async def names(self) -> list[str]:
+        """Every adapter that has a name, sorted."""
+        return await self.in_text_pool(self.catalog.names)
+
+    async def named(self, name: str) -> NamedAdapter:
+        """What the name stands for. Raises AdapterNotFound, and AdapterUnavailable while that cannot be known yet."""
+        try:
+            return await self.in_text_pool(self.catalog.named, name)
+        except AdapterNotFound:
+            if self.feed is None or self.feed.heard:
+                raise
+        if not await self.feed.wait_heard():
+            raise AdapterUnavailable(name, "what was declared at run time is not known here yet: try again in a moment")
+        return await self.in_text_pool(self.catalog.named, name)
+
+    async def resolve(self, model: str) -> ResolvedAdapter | None:
+        """The content that a client's name means now; None for the base model. Raises what ``Catalog.resolve`` does."""
+        return None if model == self.base_model else await self.content(await self.named(model))
+
+    async def content(self, named: NamedAdapter) -> ResolvedAdapter:
+        """The content of what a name stands for."""
+        pool = self._text_pool if named.ref.source == "local" else self._network_pool
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(pool, self.catalog.resolve_ref, named.name, named.ref)
+
+    async def in_text_pool(self, function: Callable[..., T], *args: Any) -> T:
+        """Run what takes processor time or looks at local files."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_pool, function, *args)
+
+    def close(self) -> None:
+        """Give threads and connections back."""
+        self._text_pool.shutdown(wait=False, cancel_futures=True)
+        self._network_pool.shutdown(wait=False, cancel_futures=True)
+        self.catalog.close()
+
+    def _named_or_none(self, name: str) -> NamedAdapter | None:
+        try:
+            return self.catalog.named(name)
+        except AdapterNotFound:
+            return None
+
+
+def check_names(base_model: str, names: Iterable[str]) -> None:
+    """Raises ValueError when an adapter has the base model's name."""
+    if base_model in names:
+        raise ValueError(f"an adapter is named {base_model!r} like the base model: set model_name or rename it")

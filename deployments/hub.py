@@ -1,0 +1,127 @@
+"""The one place that every gateway, replica and router hears from: a small actor that Serve keeps beside LoraReplica.
+
+It carries residency news from replicas to routers, and what was declared at run time to gateways and replicas. Any
+process that can reach the Ray cluster can watch, so a router in a proxy or in another application hears the same news.
+
+Nothing in here is on a disk. Serve starts a new hub when one dies, and whoever watched the old one tells the new one
+what was declared. A change of ``args`` brings a hub of its own; it takes over what the one before it knows, and
+follows that one for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from deployments.board import Board, Cursor
+from deployments.declarations import Declaration, Declarations, stamped
+from deployments.residency import ReplicaNews
+
+HUB_NAME = "residency"
+SERVE_NAMESPACE = "serve"  # where Serve registers the actors it manages
+WATCH_SECONDS = 20.0
+FORGET_AFTER_SECONDS = 120.0
+SPREAD_SECONDS = 2.0
+
+
+class FleetHub:
+    """One asyncio actor, no CPU reserved."""
+
+    def __init__(self) -> None:
+        self._residency: Board[ReplicaNews] = Board()
+        self._heard: dict[str, float] = {}  # replica -> when it last reported
+        self._board: Board[Declaration] = Board()
+        self._declarations = Declarations()
+        self._following: asyncio.Task[None] | None = None
+
+    def name(self) -> str:
+        """The name under which ``ray.get_actor`` finds this hub from any process of the cluster."""
+        return ray.get_runtime_context().get_actor_name() or ""
+
+    # -- residency -----------------------------------------------------------------------------------------
+
+    async def publish(self, report: ReplicaNews) -> None:
+        """Keep this report unless a newer one of the same replica is known. A repeated one is a heartbeat."""
+        now = self._heard[report.replica] = time.monotonic()
+        known = self._residency.get(report.replica)
+        if known is not None and known.version >= report.version:
+            return
+        await self._residency.put(report.replica, report)
+        for replica in [replica for replica, heard in self._heard.items() if now - heard > FORGET_AFTER_SECONDS]:
+            self._residency.drop(replica)
+            del self._heard[replica]
+
+    async def watch(
+        self, cursor: Cursor | None = None, wait_s: float = WATCH_SECONDS
+    ) -> tuple[Cursor, list[ReplicaNews]]:
+        """Reports newer than ``cursor``; waits up to ``wait_s`` seconds for one, then answers with none."""
+        return await self._residency.watch(cursor, wait_s)
+
+    # -- declarations --------------------------------------------------------------------------------------
+
+    async def declare(self, wanted: Declaration, known: Declaration) -> tuple[Declaration, bool]:
+        """Put ``wanted`` in the place of ``known``, the latest word that the caller has heard.
+
+        Returns the word that holds now (another one than wanted, with another stamp, when ``known`` was not the latest)
+        and whether every watcher has taken it in.
+        """
+        await self.restore([known])  # after a restart the caller may know more than this hub
+        latest = self._declarations.get(wanted.name)
+        if latest.stamp != known.stamp:
+            return latest, True
+        made = stamped(wanted, time.time_ns(), self._declarations)
+        sequence = await self._tell(made)
+        return made, await self._board.spread(sequence, SPREAD_SECONDS)
+
+    async def restore(self, declarations: Sequence[Declaration]) -> None:
+        """Take in what a watcher of an earlier hub knows."""
+        for one in declarations:
+            if one.stamp > self._declarations.get(one.name).stamp:
+                await self._tell(one)
+
+    async def watch_declarations(
+        self, reader: str, cursor: Cursor | None = None, wait_s: float = WATCH_SECONDS
+    ) -> tuple[Cursor, list[Declaration]]:
+        """As ``watch``; ``declare`` waits for this reader to come back with the cursor it got."""
+        if self._following is None:
+            self._following = asyncio.get_running_loop().create_task(self._follow_predecessors())
+        return await self._board.watch(cursor, wait_s, reader)
+
+    async def _tell(self, one: Declaration) -> int:
+        self._declarations.merge([one])
+        for name in self._declarations.forget_old(time.time_ns()):
+            self._board.drop(name)
+        return await self._board.put(one.name, one)
+
+    async def _follow_predecessors(self) -> None:
+        """Hear what hubs of this application's earlier versions hear, until they are gone."""
+        if not ray.is_initialized():
+            return
+        names = await asyncio.get_running_loop().run_in_executor(None, _predecessors, self.name())
+        await asyncio.gather(*map(self._follow, names))
+
+    async def _follow(self, name: str) -> None:
+        try:
+            hub: Any = await asyncio.get_running_loop().run_in_executor(None, ray.get_actor, name, SERVE_NAMESPACE)
+            cursor = None
+            while True:
+                cursor, news = await hub.watch_declarations.remote("", cursor)
+                await self.restore(news)
+        except (RayError, ValueError):
+            return  # it is gone
+
+
+def _predecessors(own: str) -> list[str]:
+    """Hubs of other versions of the same application. Serve's name is ``…application::deployment::version::name``."""
+    parts = own.split("::")
+    if len(parts) < 4:
+        return []
+    listed: Any = ray.util.list_named_actors(all_namespaces=True)
+    names = [entry["name"] for entry in listed if entry["namespace"] == SERVE_NAMESPACE]
+    same = [name for name in names if (*name.split("::")[:-2], name.split("::")[-1]) == (*parts[:-2], parts[-1])]
+    return [name for name in same if name != own]

@@ -1,0 +1,46 @@
+"""Orders from a gateway to replicas, over a Serve handle."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from deployments import wire
+from deployments.protocol.errors import ReplicaLost
+
+
+class Replicas(Protocol):
+    """All replicas, as an operator's orders reach them. Errors are an AdapterError or ReplicaLost."""
+
+    async def home(self, method: str, model: str, digest: str, *args: Any) -> Any:
+        """Ask the replica that requests for this content go to. model: what messages call the adapter."""
+        ...
+
+    async def every(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+        """Ask every replica: their answers, each with ``replica`` and ``result`` or ``error``."""
+        ...
+
+
+class ServedReplicas:
+    """All LoraReplicas behind a Serve handle; their ``order`` method answers."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle.options(method_name="order")
+
+    async def home(self, method: str, model: str, digest: str, *args: Any) -> Any:
+        """See ``Replicas``."""
+        handle = self._handle.options(multiplexed_model_id=digest)
+        try:
+            answer = await handle.remote(method, *args)
+        except (RayError, RayServeException) as error:
+            raise ReplicaLost(f"no replica could do it: {str(error).splitlines()[0]}", started=False) from error
+        wire.raise_error(answer, model)
+        return answer["result"]
+
+    async def every(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+        """See ``Replicas``. A replica that does not answer in time is left out."""
+        response = self._handle.broadcast("order", method, *args)
+        answers = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, dict)]
