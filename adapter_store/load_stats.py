@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 from adapter_store.host_cache import HostCacheStats
+
+
+#: Upper bounds of ``LoadTotals.by_seconds``; its last count is of what took longer.
+SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +21,30 @@ class LoadTotals:
     """One kind of work since the start.
 
     done: times that it succeeded. failed: times that it did not. seconds: spent on both. bytes: of what was done.
+    by_seconds: how often it took how long, done or failed, by ``SECONDS_BOUNDS``.
     """
 
     done: int = 0
     failed: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    by_seconds: tuple[int, ...] = (0,) * (len(SECONDS_BOUNDS) + 1)
 
     def __add__(self, other: LoadTotals) -> LoadTotals:
-        return LoadTotals(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+        return LoadTotals(
+            self.done + other.done,
+            self.failed + other.failed,
+            self.seconds + other.seconds,
+            self.bytes + other.bytes,
+            tuple(one + more for one, more in zip(self.by_seconds, other.by_seconds, strict=True)),
+        )
+
+    @classmethod
+    def once(cls, seconds: float, num_bytes: int, *, done: bool) -> LoadTotals:
+        """One piece of work."""
+        place = bisect_left(SECONDS_BOUNDS, seconds)
+        by_seconds = tuple(int(place == number) for number in range(len(SECONDS_BOUNDS) + 1))
+        return cls(int(done), int(not done), seconds, num_bytes if done else 0, by_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +101,7 @@ class LoadMeter:
         finally:
             seconds = time.monotonic() - started
             with self._lock:
-                self._totals += LoadTotals(int(done), int(not done), seconds, work.bytes if done else 0)
+                self._totals += LoadTotals.once(seconds, work.bytes, done=done)
 
 
 @dataclass(slots=True)
