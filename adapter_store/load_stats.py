@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 
 from adapter_store.host_cache import HostCacheStats
 
-
 #: Upper bounds of ``LoadTotals.by_seconds``; its last count is of what took longer.
 SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
