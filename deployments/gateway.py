@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapter_store.catalog import Catalog
 from deployments.adapter_admin import AdapterAdmin
+from deployments.adapter_metrics import AdapterMetrics
 from deployments.adapter_routes import add_adapter_routes
 from deployments.declaration_feed import DeclarationFeed
 from deployments.directory import AdapterDirectory
@@ -58,7 +59,12 @@ class Gateway:
         self._feed = DeclarationFeed(self._find_hub, self._directory.hear)
         self._directory.feed = self._feed
         self._service = CompletionService(
-            self._directory, args.model_folder(), Fleet(replicas), args.max_model_len(), limits
+            self._directory,
+            args.model_folder(),
+            Fleet(replicas),
+            args.max_model_len(),
+            limits,
+            AdapterMetrics(args.gateway.metric_adapters).count,
         )
         load_seconds = args.store_settings().hub_download_timeout_s
         self._admin = AdapterAdmin(self._directory, self._feed, ServedReplicas(replicas), load_seconds)

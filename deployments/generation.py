@@ -15,7 +15,8 @@ class Generation:
     """The choices of one request (prompts x n, prompt by prompt), each a stream of chunks.
 
     id, created, model: what the answer says. echoes: by choice, the text that goes before it. token_bytes: the bytes
-    of a token id, None where the tokenizer does not tell.
+    of a token id, None where the tokenizer does not tell. ended: called once at the end, however it came, with the
+    tokens of the prompts and of the completions so far.
     """
 
     id: str
@@ -25,8 +26,10 @@ class Generation:
     n: int = 1
     echoes: Sequence[str] = ()
     token_bytes: Callable[[int], bytes | None] = lambda _: None
+    ended: Callable[[int, int], None] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    _spent: dict[int, tuple[int, int]] = field(default_factory=dict)
     _firsts: list[GenerationChunk] = field(default_factory=list)
 
     async def begin(self) -> None:
@@ -53,6 +56,7 @@ class Generation:
                 merged = _merged(self._firsts, self.streams)
             async with aclosing(merged):
                 async for index, chunk in merged:
+                    self._spent[index] = chunk.prompt_tokens, chunk.completion_tokens
                     if chunk.finish_reason is not None:
                         self.completion_tokens += chunk.completion_tokens
                         if index % self.n == 0:  # every prompt counts once
@@ -77,6 +81,10 @@ class Generation:
         """Stop every choice that still runs."""
         for stream in self.streams:
             await stream.aclose()
+        ended, self.ended = self.ended, None
+        if ended is not None:
+            prompts = sum(prompt for index, (prompt, _) in self._spent.items() if index % self.n == 0)
+            ended(prompts, sum(completion for _, completion in self._spent.values()))
 
 
 async def _single(

@@ -21,6 +21,7 @@ from deployments.live import LiveConfig
 from deployments.pacing import StreamPacing, paced, together
 from deployments.pins import PinKeeper
 from deployments.replica_adapters import ReplicaAdapters
+from deployments.replica_metrics import ReplicaMetrics
 from deployments.residency import ReplicaNews, short_key
 from deployments.residency_feed import ResidencyPublisher
 from deployments.settings import FleetSettings
@@ -56,6 +57,7 @@ class LoraReplica:
             refresh_s = engine_settings.store.hub_refresh_s
             self._pins = PinKeeper(self._engine, store.catalog, self._feed.known.pinned, refresh_s)
         self._feed.start()
+        self._metrics = ReplicaMetrics(self._engine, lambda: self._config.refused)
         self._publisher = ResidencyPublisher(self._news, lambda: serve.get_deployment_actor(HUB_NAME))
         logger.info("ready: %s can be asked now", parsed.base_model_name)
 
@@ -126,6 +128,7 @@ class LoraReplica:
         await self._feed.close()
         if self._pins is not None:
             await self._pins.close()
+        await self._metrics.close()
         await self._publisher.close()
         await self._engine.close()
 

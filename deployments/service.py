@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from adapter_store.errors import AdapterChanged
+from adapter_store.source import ResolvedAdapter
 from deployments.directory import AdapterDirectory
 from deployments.fleet import Generator
 from deployments.generation import Generation
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
-from deployments.protocol.errors import invalid
+from deployments.protocol.errors import from_exception, invalid
 from deployments.protocol.models import model_list, model_object
 from engine.request import GenerationChunk, GenerationRequest, SamplingParams, check_length
 from engine.tokenizer import Tokenizer
+
+Observer = Callable[[str, int, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,11 @@ class CompletionService:
         generator: Generator,
         max_model_len: int,
         limits: ServiceLimits | None = None,
+        observe: Observer | None = None,
     ) -> None:
-        """max_model_len: most tokens of a prompt and its completion together, as the engines have it.
+        """max_model_len: most tokens of a prompt and its completion together, as the engines have it. observe: told of
+        each request that ended: the model's name (empty when there is none of this name), HTTP status, tokens of its
+        prompts and completions.
 
         Raises ValueError when the folder has no usable tokenizer.
         """
@@ -63,6 +69,7 @@ class CompletionService:
         self._generator = generator
         self._max_model_len = max_model_len
         self.limits = limits or ServiceLimits()
+        self._observe = observe
         self._started = int(time.time())
 
     async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
@@ -70,6 +77,16 @@ class CompletionService:
 
         Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
         """
+        known: list[str] = []
+        try:
+            return await self._start(body, stream=stream, known=known)
+        except Exception as error:
+            if self._observe is not None:
+                self._observe("".join(known), from_exception(error).status, 0, 0)
+            raise
+
+    async def _start(self, body: CompletionBody | ChatBody, *, stream: bool, known: list[str]) -> Generation:
+        """known: takes the model's name once it is known that there is such a model."""
         sampling = body.sampling_params()
         n = body.n or 1
         chat = isinstance(body, ChatBody)
@@ -80,7 +97,7 @@ class CompletionService:
                 f"{count} prompts x n={n} are over the limit of {self.limits.max_choices} completions",
             )
         adapter, prompts = await asyncio.gather(
-            self.directory.resolve(body.model), self.directory.in_text_pool(self._prompts, body)
+            self._resolve(body.model, known), self.directory.in_text_pool(self._prompts, body)
         )
         for prompt in prompts:
             check_length(
@@ -112,6 +129,8 @@ class CompletionService:
         created = int(time.time())
         generation = Generation(request_id, created, body.model, streams, n, echoes, self._tokenizer.token_bytes)
         await generation.begin()
+        if (observe := self._observe) is not None:
+            generation.ended = lambda prompts, completions: observe(body.model, 200, prompts, completions)
         return generation
 
     async def models(self) -> dict[str, Any]:
@@ -150,6 +169,11 @@ class CompletionService:
         async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _resolve(self, model: str, known: list[str]) -> ResolvedAdapter | None:
+        adapter = await self.directory.resolve(model)
+        known.append(model)
+        return adapter
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
         most = self._max_model_len

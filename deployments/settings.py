@@ -76,12 +76,14 @@ class GatewaySection(_LimitsSection):
 
     max_ongoing_requests: requests one gateway holds open; Serve queues the rest. admin: who may use /v1/adapters and
     vLLM's load and unload endpoints: clients of the same machine, everybody who can reach the server, nobody.
+    metric_adapters: adapters with a label of their own in metrics, see ``LabelCap``.
     """
 
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.25, ge=0)
     max_ongoing_requests: int = Field(default=1024, ge=1)
     admin: Literal["loopback", "on", "off"] = "loopback"
+    metric_adapters: int = Field(default=50, ge=0)
 
 
 class ReplicaSection(_Section):
@@ -199,7 +201,7 @@ class FleetSettings(_Section):
 
     def service_limits(self) -> ServiceLimits:
         """For one gateway."""
-        own = {"num_replicas", "num_cpus", "max_ongoing_requests", "admin"}
+        own = {"num_replicas", "num_cpus", "max_ongoing_requests", "admin", "metric_adapters"}
         return ServiceLimits(**self.gateway.model_dump(exclude=own))
 
     def policy(self) -> Mapping[str, Any]:
