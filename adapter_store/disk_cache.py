@@ -1,4 +1,4 @@
-"""Downloaded adapters on local disk, by digest, shared by every process that uses the same folder."""
+"""Downloaded adapters on local disk, by digest, shared by every process of this machine that uses the same folder."""
 
 from __future__ import annotations
 
@@ -6,48 +6,58 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.errors import AdapterRefused
+from adapter_store.file_lock import file_lock
 from adapter_store.load_stats import LoadMeter
 
 _log = logging.getLogger(__name__)
-_SCRATCH_PREFIX = ".incoming-"
-_SCRATCH_MAX_AGE_S = 24 * 3600.0  # older ones belong to processes that died
+_INCOMING = ".incoming-"  # + key: a download under way, or one whose process died
+_OURS = frozenset({"states", "locks"})  # folders that are no entries
+_GONE = ".gone-"  # + digest: an entry being deleted
+_ADOPT_WAIT_S = 30.0  # making room takes milliseconds; a process that was stopped meanwhile holds the others up so long
+_STATE_MAX_AGE_S = 30 * 24 * 3600.0
+_SWEEP_EVERY_S = 24 * 3600.0
 
 
 class DiskCache:
     """``root/<digest>/`` holds the two files of one adapter; nothing appears there before it is complete.
 
-    Entries come by rename, so readers in other processes see all of one or nothing. Beyond ``budget_bytes`` the entries
-    that were read least recently go. Thread-safe.
+    Entries come and go by rename, so readers in other processes see all of one or nothing. ``budget_bytes`` bounds the
+    entries; those that were read least recently make room. Downloads under way are beside it. Thread-safe.
     """
 
     def __init__(self, root: Path, budget_bytes: int) -> None:
         self._root = root
         self._budget_bytes = budget_bytes
+        self._next_sweep = 0.0
         self.reading = LoadMeter()
 
     def read(self, digest: str, name: str, max_weights_bytes: int | None) -> CheckpointFiles | None:
-        """The content of ``digest``, verified, or None. An entry that is damaged is removed."""
+        """The content of ``digest``, verified, or None. An entry that is damaged is removed.
+
+        Raises AdapterRefused when its weights are larger than ``max_weights_bytes``.
+        """
         folder = self._root / digest
         if not self.holds(digest):
             return None
+        files = None
         try:
             with self.reading.measure() as work:
                 files = CheckpointFiles.read(folder, name, max_weights_bytes)
                 found, work.bytes = files.digest(), files.nbytes
         except AdapterRefused:
-            if folder.is_dir():
+            if _is_whole(folder):
                 raise
-            return None  # another process made room meanwhile
-        if found != digest:
-            _log.warning("cached adapter %s is damaged on disk and is fetched again", digest[:12])
-            self._remove(folder)
+            found = None  # another process made room meanwhile, or a file was taken away
+        if files is None or found != digest:
+            if self.holds(digest):
+                _log.warning("cached adapter %s is damaged on disk and is fetched again", digest[:12])
+                self._remove(digest)
             return None
         with contextlib.suppress(OSError):  # a read-only cache has no order of use
             now = time.time_ns()  # finer than the clock tick that the system would stamp
@@ -58,61 +68,117 @@ class DiskCache:
         """Whether there is an entry of ``digest`` now, not verified."""
         return (self._root / digest).is_dir()
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every entry, by digest. Looks at the disk."""
+        found: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for folder in self._root.iterdir():
+                if not folder.name.startswith(".") and folder.name not in _OURS:
+                    with contextlib.suppress(FileNotFoundError):  # removed by another process
+                        found[folder.name] = _size(folder)
+        return found
+
     @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A fresh folder on the cache's file system, removed at the end unless it was adopted. Raises OSError."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=self._root))
-        try:
-            yield folder
-        finally:
-            self._remove(folder)
+    def exclusive(self, key: str, wait_s: float) -> Iterator[Path]:
+        """The right to bring ``key`` here, for one thread on this machine, and an empty folder to do it in.
+
+        key: 64 hex digits. The folder is removed at the end unless it was adopted; what a process that died left in it
+        is removed at the beginning. Raises TimeoutError when someone else has the right for ``wait_s``, and OSError.
+        """
+        with file_lock(self._lock_path(key), wait_s):
+            folder = self._root / f"{_INCOMING}{key}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def adopt(self, digest: str, folder: Path) -> None:
-        """Make a scratch folder the entry of ``digest``. The caller has verified its content. Raises OSError."""
-        try:
-            folder.rename(self._root / digest)
-        except OSError:
-            if not (self._root / digest).is_dir():  # else another process was faster with the same content
-                raise
-        self._trim(keep=digest)
+        """Make a folder the entry of ``digest``, unless it is larger than the whole budget.
 
-    def known_digest(self, key: str) -> str | None:
-        """The digest remembered for an immutable ``key`` (letters, digits, dots, dashes), if its entry is here."""
+        The caller has verified its content. Raises OSError, and TimeoutError when others keep it from making room.
+        """
+        size = _size(folder)
+        if size > self._budget_bytes:
+            _log.warning("adapter %s has %d bytes, more than cache_bytes: it is not kept", digest[:12], size)
+            return
+        with file_lock(self._lock_path("adopt"), _ADOPT_WAIT_S):
+            if not self.holds(digest):  # else it came under another name, or another process was faster
+                self._make_room(size)
+                folder.rename(self._root / digest)
+
+    def known_digest(self, state: str) -> str | None:
+        """The digest remembered for a ``state`` of a server's files (64 hex digits)."""
         try:
-            digest = (self._root / "refs" / key).read_text("ascii")
+            digest = (self._root / "states" / state).read_text("ascii")
         except (OSError, UnicodeDecodeError):
             return None
-        return digest if len(digest) == 64 and digest.isalnum() and (self._root / digest).is_dir() else None
+        return digest if len(digest) == 64 and digest.isalnum() else None
 
-    def remember_digest(self, key: str, digest: str) -> None:
-        """Remember the digest of an immutable ``key`` for later runs. Raises OSError."""
-        refs = self._root / "refs"
-        refs.mkdir(parents=True, exist_ok=True)
-        draft = refs / f"{_SCRATCH_PREFIX}{os.getpid()}-{key}"
+    def remember_digest(self, state: str, digest: str) -> None:
+        """Remember which content a ``state`` is, for later runs. Raises OSError."""
+        states = self._root / "states"
+        states.mkdir(parents=True, exist_ok=True)
+        draft = states / f".{os.getpid()}-{state}"
         draft.write_text(digest, "ascii")
-        draft.replace(refs / key)
+        draft.replace(states / state)
 
-    def _trim(self, keep: str) -> None:
-        now = time.time()
-        entries: list[tuple[float, int, Path]] = []
+    def _lock_path(self, key: str) -> Path:
+        return self._root / "locks" / key
+
+    def _make_room(self, size: int) -> None:
+        entries: list[tuple[float, int, str]] = []
         for folder in self._root.iterdir():
-            try:
-                used = folder.stat().st_mtime
-                if folder.name.startswith(_SCRATCH_PREFIX):
-                    if now - used > _SCRATCH_MAX_AGE_S:
-                        self._remove(folder)
-                elif folder.name != "refs":
-                    entries.append((used, sum(file.stat().st_size for file in folder.iterdir()), folder))
-            except FileNotFoundError:
-                continue  # removed by another process
-        total = sum(size for _, size, _ in entries)
-        for _, size, folder in sorted(entries, key=lambda entry: entry[0]):
+            with contextlib.suppress(FileNotFoundError):  # removed by another process
+                if folder.name.startswith(_INCOMING):
+                    self._remove_abandoned(folder)
+                elif folder.name.startswith(_GONE):
+                    shutil.rmtree(folder, ignore_errors=True)
+                elif folder.name not in _OURS:
+                    entries.append((folder.stat().st_mtime, _size(folder), folder.name))
+        total = size + sum(entry[1] for entry in entries)
+        for _, freed, digest in sorted(entries):
             if total <= self._budget_bytes:
                 break
-            if folder.name != keep:
-                self._remove(folder)
-                total -= size
+            self._remove(digest)
+            total -= freed
+        self._sweep_states()
 
-    def _remove(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+    def _remove_abandoned(self, folder: Path) -> None:
+        """Remove a download whose process died: nobody has the right to it."""
+        try:
+            with file_lock(self._lock_path(folder.name.removeprefix(_INCOMING)), 0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except TimeoutError:
+            pass  # it is under way
+
+    def _remove(self, digest: str) -> None:
+        """At once for readers, whatever the deletion takes."""
+        gone = self._root / f"{_GONE}{digest}-{os.getpid()}-{time.monotonic_ns()}"
+        with contextlib.suppress(OSError):  # another process was faster, or the cache is read-only
+            (self._root / digest).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _sweep_states(self) -> None:
+        """Once a day, forget states that were not written for a month; a server still in them is read again."""
+        if time.monotonic() < self._next_sweep:
+            return
+        self._next_sweep = time.monotonic() + _SWEEP_EVERY_S
+        oldest = time.time() - _STATE_MAX_AGE_S
+        with contextlib.suppress(FileNotFoundError):
+            for file in (self._root / "states").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if file.stat().st_mtime < oldest:
+                        file.unlink()
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return len(list(folder.iterdir())) >= 2
+    except OSError:
+        return False

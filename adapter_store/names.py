@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
@@ -17,9 +17,6 @@ from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
 
 _log = logging.getLogger(__name__)
-
-# The schemes of references, such as "hub".
-_SCHEMES = get_args(get_type_hints(AdapterRef)["source"])
 
 Origin = Literal["configured", "runtime", "folder", "reference"]
 
@@ -76,7 +73,7 @@ class AdapterNames:
         for folder in self._folders:
             if _is_plain_name(name) and _holds_adapter(folder, name):
                 return NamedAdapter(name, AdapterRef("local", str(folder / name)), "folder")
-        if ":" in name and name.partition(":")[0] in _SCHEMES:
+        if AdapterRef.is_meant(name):
             return NamedAdapter(name, self._allowed(name), "reference")
         known = self.names()
         some = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
@@ -101,7 +98,7 @@ class AdapterNames:
             inside = _files_inside(Path(ref.id), Path(ref.id))
         else:
             inside = True
-        bare = f"{ref.source}:{ref.id}"
+        bare = str(ref.unpinned)
         if not inside or not any(fnmatchcase(bare, p) or fnmatchcase(str(ref), p) for p in self._settings.allow):
             raise AdapterNotFound(name, "clients may not name this reference; the operator can add it to allow")
         return ref

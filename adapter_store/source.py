@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from adapter_store.checkpoint_files import CheckpointFiles
@@ -13,13 +13,22 @@ if TYPE_CHECKING:
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
+# One part of an object's key. Without what file systems, chained URLs or proxies could read as something else.
+_URL_PART = re.compile(r"[^\x00-\x20\x7f/\\*?\[\]{}#%:@]+")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """Where an adapter is kept: ``local:<folder>`` or ``hub:<org>/<name>[@<revision>]``."""
+    """Where an adapter is kept: a folder, a repository of the Hub, or a prefix in an object store.
 
-    source: Literal["local", "hub"]
+    Written ``local:<folder>``, ``hub:<org>/<name>[@<revision>]``, or ``<scheme>://<bucket>/<prefix>[@<digest>]`` with
+    any scheme of fsspec, such as ``s3`` or ``gs``. ``source`` is ``local``, ``hub`` or the scheme. The revision of an
+    object store is the content digest that the files must have.
+    """
+
+    source: str
     id: str
     revision: str | None = None
 
@@ -27,12 +36,18 @@ class AdapterRef:
     def parse(cls, text: str) -> AdapterRef:
         """Read the string form.
 
-        Raises ValueError when the scheme is neither ``local:`` nor ``hub:``, or the repository id or revision
-        could not be one (so that a reference can never climb out of the Hub's API paths).
+        Raises ValueError for another scheme, or a repository, path or revision that could not be one (so that a
+        reference can never climb out of what an allow-list pattern or a server's API path means).
         """
+        url = _URL.fullmatch(text)
+        if url is not None:
+            return cls._parse_url(url["scheme"], url["rest"])
         scheme, colon, rest = text.partition(":")
         if not colon or scheme not in {"local", "hub"}:
-            raise ValueError(f"adapter reference {text!r} must start with 'local:' (a folder) or 'hub:' (org/name@rev)")
+            raise ValueError(
+                f"adapter reference {text!r} must start with 'local:' (a folder), 'hub:' (org/name@rev) or a scheme "
+                "such as 's3://' (bucket/prefix)"
+            )
         if scheme == "local":
             if not rest or "\0" in rest:
                 raise ValueError(f"adapter reference {text!r} names no folder; write local:/path/to/adapter")
@@ -46,20 +61,74 @@ class AdapterRef:
             raise ValueError(f"adapter reference {text!r} has no valid revision after '@': a branch, tag or commit")
         return cls("hub", repo, revision or None)
 
+    @classmethod
+    def _parse_url(cls, scheme: str, rest: str) -> AdapterRef:
+        path, at, revision = rest.partition("@")
+        if "@" in rest.partition("/")[0] and not _DIGEST.fullmatch(revision):
+            raise ValueError(  # without the text, which may hold a password
+                f"an adapter reference {scheme}://...@... must hold no credentials; name environment variables in "
+                "store.sources"
+            )
+        text, path = f"{scheme}://{rest}", path.removesuffix("/")
+        parts = path.removeprefix("/").split("/") if scheme == "file" else path.split("/")
+        if scheme in {"local", "hub"} or not all(_URL_PART.fullmatch(p) and p not in {".", ".."} for p in parts):
+            raise ValueError(
+                f"adapter reference {text!r} names no folder of an object store; write {scheme}://bucket/prefix "
+                "without '.', '..', empty parts, spaces, or any of * ? [ ] { } # % : @ \\"
+            )
+        if at and not _DIGEST.fullmatch(revision):
+            raise ValueError(
+                f"adapter reference {text!r} has no valid revision after '@': in an object store that is the content "
+                "digest, 64 hex digits, and a path can hold no '@'"
+            )
+        return cls(scheme, path, revision or None)
+
+    @staticmethod
+    def is_url(text: str) -> bool:
+        """Whether this is meant as the reference of an object store, well-formed or not."""
+        return _URL.fullmatch(text) is not None
+
+    @classmethod
+    def is_meant(cls, text: str) -> bool:
+        """Whether this is meant as a reference at all, and not as a name."""
+        return text.startswith(("local:", "hub:")) or cls.is_url(text)
+
     @property
     def pinned(self) -> bool:
-        """Whether the reference names one commit for ever (a local folder never does)."""
-        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+        """Whether the reference names one content for ever (a local folder never does)."""
+        return self.digest is not None or (
+            self.source == "hub" and self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+        )
+
+    @property
+    def digest(self) -> str | None:
+        """The content digest that the reference itself is pinned to."""
+        return self.revision if self.source not in {"local", "hub"} else None
+
+    @property
+    def unpinned(self) -> AdapterRef:
+        """The same place, whatever is there."""
+        return AdapterRef(self.source, self.id)
+
+    @property
+    def owner(self) -> str:
+        """Whose server or account it is on: ``local``, ``hub:org``, ``s3://bucket``."""
+        first = self.id.partition("/")[0]
+        return "local" if self.source == "local" else f"{self.source}{self._separator}{first}"
+
+    @property
+    def _separator(self) -> str:
+        return ":" if self.source in {"local", "hub"} else "://"
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.id}" + (f"@{self.revision}" if self.revision else "")
+        return f"{self.source}{self._separator}{self.id}" + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
     """A name that was looked up: where the content is and which content it is.
 
-    ``name`` is what the caller asked for. ``ref`` is pinned to a commit where the source has commits.
+    ``name`` is what the caller asked for. ``ref`` is pinned, to a commit or a digest, unless it is a local folder.
     ``digest`` identifies the content (see ``digest.content_digest``); every cache is keyed by it.
     """
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from adapter_store.hub_source import HubSource
+from adapter_store.disk_cache import DiskCache
+from adapter_store.hub_client import HubClient
 from adapter_store.load_stats import SourceStats
 from adapter_store.local_source import LocalSource
+from adapter_store.object_client import ObjectClient
+from adapter_store.remote_source import RemoteSource
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, AdapterSource
 
@@ -14,17 +17,20 @@ class Sources:
 
     def __init__(self, settings: StoreSettings) -> None:
         self._local = LocalSource()
-        self._hub = HubSource(settings)
+        self._disk = DiskCache(settings.path(settings.cache_dir) / "adapters", settings.cache_bytes)
+        self._hub = RemoteSource(settings, HubClient(settings), self._disk)
+        self._objects = RemoteSource(settings, ObjectClient(settings), self._disk)
 
     def of(self, ref: AdapterRef) -> AdapterSource:
         """The source that keeps what ``ref`` names."""
-        return self._local if ref.source == "local" else self._hub
+        return {"local": self._local, "hub": self._hub}.get(ref.source, self._objects)
 
     def stats(self) -> SourceStats:
         """What all of them did so far."""
-        return self._local.stats() + self._hub.stats()
+        read = SourceStats(read=self._disk.reading.totals)
+        return self._local.stats() + self._hub.stats() + self._objects.stats() + read
 
     def close(self) -> None:
         """Close all of them."""
-        self._local.close()
-        self._hub.close()
+        for source in (self._local, self._hub, self._objects):
+            source.close()

@@ -15,9 +15,11 @@ import pytest
 
 from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
+from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
-from adapter_store.hub_source import HubSource
+from adapter_store.hub_client import HubClient
 from adapter_store.local_source import LocalSource
+from adapter_store.remote_source import RemoteSource
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
 from tests.adapter_store.hub_server import Fault, HubServer
@@ -36,13 +38,18 @@ def hub(monkeypatch: pytest.MonkeyPatch):
         yield server
 
 
-def source(hub: HubServer, tmp_path: Path, **changes: object) -> HubSource:
+def source(hub: HubServer, tmp_path: Path, **changes: object) -> RemoteSource:
     values = {"hub_timeout_s": 2.0, "hub_retries": 2, "hub_refresh_s": 60.0, "negative_ttl_s": 0.2} | changes
-    return HubSource(StoreSettings(root=tmp_path, cache_dir="cache", hub_endpoint=hub.endpoint, **values))  # type: ignore[arg-type]
+    settings = StoreSettings(root=tmp_path, hub_endpoint=hub.endpoint, **values)  # type: ignore[arg-type]
+    return RemoteSource(settings, HubClient(settings), DiskCache(tmp_path / "cache", settings.cache_bytes))
 
 
 def weights(files: CheckpointFiles) -> bytes:
     return files.weights.numpy().tobytes()
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def write_folder(folder: Path) -> Path:
@@ -175,7 +182,7 @@ def test_failures_that_stay_end_soon(hub: HubServer, tmp_path: Path) -> None:
     with pytest.raises(AdapterUnavailable, match="could not be reached"):
         store.fetch(resolved)
     assert len(hub.requests("/cdn/")) == 3
-    assert [entry.name for entry in (tmp_path / "cache/hub").iterdir()] == []  # nothing half done is left
+    assert files_in(tmp_path / "cache") == []  # nothing half done is left
     assert weights(store.fetch(resolved)) == FILES[WEIGHTS_FILE]
 
 
@@ -228,6 +235,53 @@ def test_an_outage_keeps_the_last_known_commit(hub: HubServer, tmp_path: Path) -
         store.resolve("shout", REF)
 
 
+def test_access_that_was_taken_away_is_noticed_at_the_next_refresh(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    commit = hub.publish("acme/shout", FILES, access="private")
+    pinned = AdapterRef.parse(f"hub:acme/shout@{commit}")
+    store = source(hub, tmp_path, hub_refresh_s=0.2)
+    for ref in (REF, pinned):
+        store.fetch(store.resolve("shout", ref))
+    hub.token = "hf_another"  # the server's token was revoked
+    again = source(hub, tmp_path, hub_refresh_s=0.2)  # a process that starts now, on the same disk cache
+    time.sleep(0.25)
+    for one in (store, again):
+        for ref in (REF, pinned):
+            with pytest.raises(AdapterNotFound, match="HF_TOKEN"):
+                one.resolve("shout", ref)
+
+
+def test_a_commit_on_this_machine_is_served_while_the_hub_is_down(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.publish("acme/shout", FILES)
+    first = source(hub, tmp_path)
+    resolved = first.resolve("shout", AdapterRef.parse(f"hub:acme/shout@{commit}"))
+    first.fetch(resolved)
+    hub.fail(*[Fault("/api/", status=503)] * 9)
+    again = source(hub, tmp_path, hub_retries=8)
+    started = time.monotonic()
+    assert again.resolve("shout", resolved.ref) == resolved
+    assert time.monotonic() - started < 1.0  # one try: nobody needs to wait for what is here
+    with pytest.raises(AdapterUnavailable):
+        source(hub, tmp_path / "elsewhere").resolve("shout", resolved.ref)
+
+
+def test_each_organisation_may_have_its_own_token(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_everyone")
+    monkeypatch.setenv("ACME_TOKEN", TOKEN)
+    hub.publish("acme/shout", FILES, access="private")
+    hub.publish("acme-evil/shout", FILES, access="private")
+    store = source(hub, tmp_path, sources={"hub:acme": {"env": {"token": "ACME_TOKEN"}}})
+    store.fetch(store.resolve("shout", REF))
+    with pytest.raises(AdapterNotFound, match="HF_TOKEN"):
+        store.resolve("shout", AdapterRef.parse("hub:acme-evil/shout"))
+    assert {seen.authorization for seen in hub.requests("acme/")} == {f"Bearer {TOKEN}"}
+    assert {seen.authorization for seen in hub.requests("acme-evil/")} == {"Bearer hf_of_everyone"}
+
+
 def test_failures_are_remembered_briefly(hub: HubServer, tmp_path: Path) -> None:
     store = source(hub, tmp_path, negative_ttl_s=0.3)
     for name in ("one", "two"):
@@ -235,19 +289,33 @@ def test_failures_are_remembered_briefly(hub: HubServer, tmp_path: Path) -> None
             store.resolve(name, REF)
         assert missing.value.adapter == name
     assert len(hub.requests("/api/")) == 1
+    assert (store.stats().remembered_failures, store.stats().failures_repeated) == (1, 1)
     hub.publish("acme/shout", FILES)
     time.sleep(0.35)
+    assert store.stats().remembered_failures == 0
     assert store.resolve("three", REF).digest
 
 
-def test_altered_content_is_never_handed_out(hub: HubServer, tmp_path: Path) -> None:
+def test_altered_content_is_fetched_once_more(hub: HubServer, tmp_path: Path) -> None:
     hub.publish("acme/shout", FILES)
     store = source(hub, tmp_path)
     resolved = store.resolve("shout", REF)
     hub.fail(Fault("/cdn/", corrupt=True))
-    with pytest.raises(AdapterUnavailable, match="is not the content"):
-        store.fetch(resolved)
     assert store.fetch(resolved).digest() == resolved.digest
+    assert len(hub.requests("/cdn/")) == 2
+
+
+def test_altered_content_is_then_refused_by_name(hub: HubServer, tmp_path: Path) -> None:
+    hub.publish("acme/shout", FILES)
+    store = source(hub, tmp_path)
+    resolved = store.resolve("shout", REF)
+    hub.fail(*[Fault("/cdn/", corrupt=True)] * 2)
+    with pytest.raises(AdapterRefused, match="not the content") as refused:
+        store.fetch(resolved)
+    assert refused.value.adapter == "shout"
+    assert len(hub.requests("/cdn/")) == 2
+    assert not DiskCache(tmp_path / "cache", 0).sizes()
+    assert store.fetch(resolved).digest() == resolved.digest  # nothing of it stays
 
 
 def test_a_damaged_cache_entry_is_fetched_again(hub: HubServer, tmp_path: Path) -> None:
@@ -255,7 +323,7 @@ def test_a_damaged_cache_entry_is_fetched_again(hub: HubServer, tmp_path: Path) 
     store = source(hub, tmp_path)
     resolved = store.resolve("shout", REF)
     store.fetch(resolved)
-    (tmp_path / "cache/hub" / resolved.digest / WEIGHTS_FILE).write_bytes(b"bit rot")
+    (tmp_path / "cache" / resolved.digest / WEIGHTS_FILE).write_bytes(b"bit rot")
     assert weights(store.fetch(resolved)) == FILES[WEIGHTS_FILE]
 
 
@@ -323,8 +391,7 @@ def test_the_disk_cache_keeps_to_its_budget(hub: HubServer, tmp_path: Path) -> N
         store.fetch(resolved[-1])
         if number == 2:
             store.fetch(resolved[1])  # used again, so 2 goes before 1
-    kept = {entry.name for entry in (tmp_path / "cache/hub").iterdir()} - {"refs"}
-    assert kept == {resolved[1].digest, resolved[3].digest}
+    assert set(DiskCache(tmp_path / "cache", 0).sizes()) == {resolved[1].digest, resolved[3].digest}
     assert store.fetch(resolved[0]).digest() == resolved[0].digest
 
 
