@@ -12,7 +12,7 @@ from pathlib import Path
 from adapter_store.checkpoint_files import CheckpointFiles, check_size
 from adapter_store.digest import WEIGHTS_FILE
 from adapter_store.disk_cache import DiskCache
-from adapter_store.errors import AdapterChanged, AdapterError, AdapterRefused, AdapterUnavailable
+from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.failures import RecentFailures
 from adapter_store.load_stats import LoadMeter, SourceStats
 from adapter_store.remote import Listing, RemoteClient, state_key
@@ -79,10 +79,15 @@ class RemoteSource:
         with self._lock:
             self._hits += files is not None
             self._misses += files is None
-        if files is None:
-            limit = min(max_weights_bytes or self._max_bytes(resolved.ref), self._max_bytes(resolved.ref))
-            _, files = self._download(resolved.name, resolved.ref, None, limit, resolved.digest)
-        return files
+        if files is not None:
+            return files
+        limit = min(max_weights_bytes or self._max_bytes(resolved.ref), self._max_bytes(resolved.ref))
+        self._failures.check(resolved.ref, resolved.name)
+        try:
+            return self._download(resolved.name, resolved.ref, None, limit, resolved.digest)[1]
+        except (AdapterUnavailable, AdapterNotFound) as error:  # a refusal may depend on who asks: see its limit
+            self._failures.add(resolved.ref, error)
+            raise error.named(resolved.name) from None
 
     def at_hand(self, digest: str | None) -> bool:
         """Whether the content was downloaded before; unknown content was not."""
@@ -94,6 +99,7 @@ class RemoteSource:
         with self._lock:
             answer = self._answers.get(ref)
             if answer is not None:
+                self._failures.forget(answer.pinned)
                 self._answers[ref] = replace(answer, until=0.0)
 
     def stats(self) -> SourceStats:
