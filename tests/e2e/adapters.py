@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from .server import ROOT, Server
@@ -13,10 +12,19 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 def publish(server: Server, name: str, like: str, **config: object) -> Path:
     """Put a copy of a demo adapter, with ``config`` changed, where the server looks for adapters."""
-    folder = server.adapters / name
-    folder.mkdir(exist_ok=True)
+    return write(server.adapters / name, like, **config)
+
+
+def write(folder: Path, like: str, **config: object) -> Path:
+    """The same anywhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in files(like, **config).items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+def files(like: str, **config: object) -> dict[str, bytes]:
+    """A demo adapter's two files, with ``config`` changed: for the Hub of the tests."""
     source = ROOT / "examples" / "demo" / "adapters" / like
     changed = json.loads((source / FILES[1]).read_text()) | config
-    shutil.copyfile(source / FILES[0], folder / FILES[0])
-    (folder / FILES[1]).write_text(json.dumps(changed))
-    return folder
+    return {FILES[0]: (source / FILES[0]).read_bytes(), FILES[1]: json.dumps(changed).encode()}

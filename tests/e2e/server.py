@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import yaml
 
 from benchmarks import server
 from benchmarks.server import ROOT
+from tests.adapter_store.hub_server import HubServer
 
 START_SECONDS = 180
 BASE_MODEL = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]["args"]["model_name"]
@@ -25,7 +29,54 @@ class Server(server.Server):
         self.adapters = self.folder / "adapters"  # for adapters that a test publishes
         self.adapters.mkdir()
         self.config["adapter_folders"].append(str(self.adapters))
+        self.hub = HubServer()
+        self.hub.__enter__()
+        self.config["store"] |= {
+            "cache_dir": str(self.folder / "cache"),
+            "hub_endpoint": self.hub.endpoint,
+            "hub_refresh_s": 3600.0,
+        }
         self.start("robot, old, eats, school", START_SECONDS)
+
+    def stop(self) -> None:
+        super().stop()
+        self.hub.stop()
+
+    def deploy(self, user_config: dict[str, Any] | None = None, *, gateways: int = 1, **args: Any) -> None:
+        """Deploy the configuration again: with this ``user_config`` of both deployments, with more gateways, or with
+        changed ``args``. Returns when Serve has taken it; what it brings comes afterwards."""
+        application = self._file["applications"][0]
+        application["args"] = self.config | args
+        application["deployments"] = [
+            {"name": "Gateway", "num_replicas": gateways, "user_config": user_config},
+            {"name": "LoraReplica", "user_config": user_config},
+        ]
+        file = self.folder / "redeployed.yaml"
+        file.write_text(yaml.safe_dump(self._file))
+        subprocess.run(
+            [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", "--non-blocking", str(file)],
+            cwd=ROOT,
+            env=self.env | {"RAY_ADDRESS": self.gcs_address},
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    def processes(self, title: str) -> dict[int, str]:
+        """Ray's processes of this server whose title holds ``title``, such as ``LoraReplica``: pid -> title."""
+        assert self._process is not None
+        found = {}
+        for child in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error, IndexError):
+                if child.cmdline()[0].startswith("ray::") and title in child.cmdline()[0]:
+                    found[child.pid] = child.cmdline()[0]
+        return found
+
+    def metrics(self) -> str:
+        """What Prometheus would scrape from this Ray node."""
+        discovery = self.folder / "ray" / "prom_metrics_service_discovery.json"
+        targets = json.loads(discovery.read_text())[0]["targets"]
+        return "\n".join(httpx.get(f"http://{target}/metrics", trust_env=False).text for target in targets)
 
     @property
     def gcs_address(self) -> str:
