@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,28 +35,32 @@ def pack_checkpoint(
 ) -> PackedAdapter:
     """Read and pack the checkpoint in ``folder``. Raises AdapterRefused; see ``pack_files``."""
     files = CheckpointFiles.read(folder, name, max_weights_bytes(layout, max_rank))
-    return pack_files(files, layout, max_rank, dtype, name, digest=files.digest(), pin_memory=pin_memory)
+
+    def allocate(elements: int) -> Tensor:
+        return torch.empty(elements, dtype=dtype, pin_memory=pin_memory)
+
+    return pack_files(files, layout, max_rank, allocate, name, digest=files.digest())
 
 
 def pack_files(
     files: CheckpointFiles,
     layout: AdapterLayout,
     max_rank: int,
-    dtype: torch.dtype,
+    allocate: Callable[[int], Tensor],
     name: str,
     *,
     digest: str,
-    pin_memory: bool = False,
 ) -> PackedAdapter:
     """Pack a checkpoint for ``layout`` at its own rank, the largest rank of its modules.
 
-    The slab is ``(layout.slab_elements(rank),)`` in ``dtype`` at the offsets of ``layout.lora_groups``. B is multiplied
+    allocate: gives memory for so many elements of the dtype that is wanted, with anything in it; what it raises passes.
+    The slab is ``(layout.slab_elements(rank),)`` at the offsets of ``layout.lora_groups``. B is multiplied
     by the module's scale once, in fp32, before the cast. Modules of a smaller rank are padded with zeros, modules that
     the adapter does not target are zero.
 
     Raises AdapterRefused, with ``name`` and the offending key and value, for everything that would make the result
     differ from PEFT's: unsupported settings, a tensor without a module or a module without its tensors, wrong shapes or
-    types, another base model, a rank above ``max_rank``, values that are not finite in ``dtype``.
+    types, another base model, a rank above ``max_rank``, values that are not finite in the slab's dtype.
     """
     try:
         config = PeftConfig.parse(files.config)
@@ -70,8 +74,9 @@ def pack_files(
                 f"rank {rank} is above the largest slot class ({max_rank}); add a class or train a lower rank"
             )
         full = len(promised) == len(paths) and all(module.rank == packed_rank(rank) for module in promised.values())
-        allocate = torch.empty if full else torch.zeros  # zeroing takes as long as all the rest
-        slab = allocate(layout.slab_elements(rank), dtype=dtype, pin_memory=pin_memory)
+        slab = allocate(layout.slab_elements(rank))
+        if not full:  # zeroing takes as long as all the rest
+            slab.zero_()
         _fill(slab, rank, layout, promised, pairs)
         _check_finite(slab, pairs)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from adapter_store.catalog import Catalog
 from adapter_store.checkpoint import max_weights_bytes, pack_files
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused
+from adapter_store.eviction import EvictionPolicy
 from adapter_store.failures import RecentFailures
-from adapter_store.host_cache import HostCache
+from adapter_store.host_cache import ROOM_ALIGNMENT, Allocation, HostCache, Room
 from adapter_store.layout import AdapterLayout
 from adapter_store.load_stats import LoadMeter, StoreStats
 from adapter_store.packed import PackedAdapter
@@ -30,18 +32,25 @@ class AdapterStore:
         max_rank: int,
         *,
         pin_memory: bool = False,
+        eviction: EvictionPolicy | None = None,
     ) -> None:
-        """max_rank: the largest slot class. pin_memory: set where slots are on a GPU.
+        """max_rank: the largest slot class. pin_memory: set where slots are on a GPU. eviction: of the host cache.
 
-        Raises ValueError when the settings name a folder that does not exist.
+        Raises ValueError when the settings name a folder that does not exist or hold no adapter in host memory, and
+        RuntimeError when there is not so much of that.
         """
         self.catalog = Catalog(settings)
-        self.host_cache = HostCache(settings.host_cache_bytes)
+        least = layout.slab_elements(max_rank) * dtype.itemsize + ROOM_ALIGNMENT
+        if settings.host_cache_bytes < least:
+            raise ValueError(
+                f"store.host_cache_bytes is {settings.host_cache_bytes} but one adapter of rank {max_rank} needs "
+                f"{least} bytes of host memory on its way to a slot: raise it, or lower the ranks of slots"
+            )
+        self.host_cache = HostCache(settings.host_cache_bytes, pin_memory=pin_memory, eviction=eviction)
         self._layout = layout
         self._dtype = dtype
         self._max_rank = max_rank
-        self._pin_memory = pin_memory
-        self._flights: SingleFlight[PackedAdapter] = SingleFlight()
+        self._flights: SingleFlight[None] = SingleFlight()
         self._failures = RecentFailures(settings.negative_ttl_s)
         self._packed = LoadMeter()
 
@@ -49,36 +58,47 @@ class AdapterStore:
         """What a client's name means now; see ``Catalog.resolve``."""
         return self.catalog.resolve(name)
 
-    def load(self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None = None) -> PackedAdapter:
-        """The adapter, packed. Concurrent calls for the same content share the work.
+    def load(
+        self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None = None, room: Room | None = None
+    ) -> PackedAdapter:
+        """The adapter, packed, with a reference that the caller gives back with ``host_cache.release``.
+
+        Concurrent calls for the same content share the work.
 
         adapter: a name as a client gives it, checked against the catalog; or an AdapterRef or ResolvedAdapter, which
         are trusted, as is a reference string that comes with a digest (only someone who resolved it knows that).
         digest: the content that is wanted; what is in the host cache is then found without asking any source.
+        room: reserved in the host cache for it, and given back when it is not needed.
 
-        Raises AdapterNotFound, AdapterRefused, AdapterUnavailable, and AdapterChanged when the content found is not
-        the one of ``digest``: resolve again.
+        Raises AdapterNotFound, AdapterRefused, AdapterUnavailable, HostMemoryFull, and AdapterChanged when the content
+        found is not the one of ``digest``: resolve again.
         """
+        with Allocation(self.host_cache, self._dtype, room) as allocation:
+            return self._load(adapter, digest, allocation)
+
+    def _load(
+        self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None, allocation: Allocation
+    ) -> PackedAdapter:
         if isinstance(adapter, ResolvedAdapter):
             digest = digest or adapter.digest
-        if digest is not None:
-            packed = self.host_cache.get(digest)
-            if packed is not None:
-                return packed
+        packed = None if digest is None else self.host_cache.acquire(digest)
+        if packed is not None:
+            return packed
         resolved = self._resolve(adapter, digest)
         if digest is not None and resolved.digest != digest:
             raise AdapterChanged(
                 resolved.name, f"its content is now {resolved.digest[:12]}, not the {digest[:12]} that was asked for"
             )
-        if digest is None:
-            packed = self.host_cache.get(resolved.digest)
-            if packed is not None:
-                return packed
-        self._failures.check(resolved.digest, resolved.name)
-        try:
-            return self._flights.run(resolved.digest, lambda: self._load(resolved))
-        except AdapterError as error:  # a follower shares the failure, not the other caller's name
-            raise error.named(resolved.name) from None
+        packed = self.host_cache.acquire(resolved.digest)
+        while packed is None:
+            self._failures.check(resolved.digest, resolved.name)
+            ours: list[PackedAdapter] = []
+            try:
+                self._flights.run(resolved.digest, lambda: ours.append(self._pack(resolved, allocation)))  # noqa: B023
+            except AdapterError as error:  # a follower shares the failure, not the other caller's name
+                raise error.named(resolved.name) from None
+            packed = ours[0] if ours else self.host_cache.acquire(resolved.digest)  # None: evicted again meanwhile
+        return packed
 
     def at_hand(self, adapter: str, digest: str | None = None) -> bool:
         """Whether ``load`` of the same arguments needs no network: it is on this machine, or refused without asking."""
@@ -99,9 +119,9 @@ class AdapterStore:
         return StoreStats(sources, self._packed.totals, self.host_cache.stats())
 
     def close(self) -> None:
-        """Close the sources and drop the host cache."""
+        """Close the sources and let go of host memory. No copy to a slot may be under way."""
         self.catalog.close()
-        self.host_cache.clear()
+        self.host_cache.close()
 
     def _resolve(self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None) -> ResolvedAdapter:
         if isinstance(adapter, ResolvedAdapter):
@@ -114,30 +134,24 @@ class AdapterStore:
             return ResolvedAdapter(str(adapter), self.catalog.rooted(ref), digest)
         return self.catalog.resolve_ref(str(adapter), ref)
 
-    def _load(self, resolved: ResolvedAdapter) -> PackedAdapter:
+    def _pack(self, resolved: ResolvedAdapter, allocation: Allocation) -> PackedAdapter:
+        started = time.monotonic()
         try:
             files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank))
             with self._packed.measure() as work:
                 packed = pack_files(
-                    files,
-                    self._layout,
-                    self._max_rank,
-                    self._dtype,
-                    resolved.name,
-                    digest=resolved.digest,
-                    pin_memory=self._pin_memory,
+                    files, self._layout, self._max_rank, allocation.slab, resolved.name, digest=resolved.digest
                 )
                 work.bytes = packed.nbytes
         except AdapterRefused as error:
             self._failures.add(resolved.digest, error)
             raise
-        self.host_cache.put(packed)
-        return packed
+        return allocation.keep(replace(packed, load_seconds=time.monotonic() - started))
 
 
 def _trusted_ref(adapter: str, digest: str | None) -> AdapterRef | None:
     """The reference that a string is, if it came with a digest: only someone who resolved it knows that."""
-    if digest is None or not adapter.startswith(("hub:", "local:")):
+    if digest is None or not AdapterRef.is_meant(adapter):
         return None
     try:
         return AdapterRef.parse(adapter)

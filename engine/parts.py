@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from adapter_store.eviction import eviction_policy
 from adapter_store.slots import Residency, SlotPool
 from adapter_store.store import AdapterStore
 from engine.kv_pages import PagePool
@@ -142,9 +143,12 @@ def _adapters(
         except Exception:  # a listener's fault must not end the requests of everybody
             _log.exception("the listener for residency news failed")
 
-    slots = SlotPool(layout, dict(settings.slots), dtype, device, poison=settings.poison, on_change=changed)
-    pin_memory = device.type == "cuda"
-    return slots, AdapterStore(settings.store, layout, dtype, settings.max_rank, pin_memory=pin_memory)
+    policy = eviction_policy(settings.eviction)
+    classes = dict(settings.slots)
+    slots = SlotPool(layout, classes, dtype, device, eviction=policy(), poison=settings.poison, on_change=changed)
+    cuda = device.type == "cuda"
+    store = AdapterStore(settings.store, layout, dtype, settings.max_rank, pin_memory=cuda, eviction=policy())
+    return slots, store
 
 
 def _page_bytes(model: DecoderModel, page_size: int) -> int:

@@ -81,7 +81,8 @@ class GenerationRequest:
 
     adapter: None for the base model, else what the adapter catalog resolves: a catalog name or a pinned
     reference such as ``local:/path`` or ``hub:org/name@<commit>``. adapter_digest: when set, the content the
-    caller resolved; other content is refused, never served. tenant: who is asking (accounting only).
+    caller resolved; other content is refused, never served. tenant: who is asking, for
+    fairness among tenants; empty is the adapter's name.
     """
 
     request_id: str

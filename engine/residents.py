@@ -27,13 +27,15 @@ class ResidentAdapters:
         slots: SlotPool,
         pages: PagePool,
         loads: AdapterLoads,
+        to_slot: Callable[..., bool],
         uses: Callable[[str], bool],
     ) -> None:
-        """uses: whether a request that is not finished needs the adapter of a digest."""
+        """to_slot: ``SlotAssignment.to_slot``. uses: whether a request that is not finished needs the adapter."""
         self._host_cache = host_cache
         self._slots = slots
         self._pages = pages
         self._loads = loads
+        self._to_slot = to_slot
         self._uses = uses
         self._open: list[Future[Any]] = []  # every question that is not answered
         self._pins: dict[str, tuple[PackedAdapter, list[Future[None]]]] = {}  # that wait for a slot
@@ -56,7 +58,10 @@ class ResidentAdapters:
                 _answer(answer, as_adapter_error(name, outcome))
                 return
             self.prefetches += 1
-            _answer(answer, self._to_slot(outcome))
+            in_slot = self._to_slot(outcome)
+            if not in_slot:
+                self._host_cache.release(outcome)
+            _answer(answer, in_slot)
 
         if digest is not None and self._slots.find(digest) is not None:
             _answer(answer, True)
@@ -73,7 +78,7 @@ class ResidentAdapters:
         if digest in self._pins:
             self._pins[digest][1].append(answer)
             return
-        packed = self._host_cache.get(digest)
+        packed = self._host_cache.acquire(digest)
         if packed is None:
             raise AdapterNotFound(digest[:12], "it is neither in a slot nor in host memory: prefetch it first")
         self._pins[digest] = packed, [answer]
@@ -82,6 +87,7 @@ class ResidentAdapters:
         """Undo ``pin``, done or waiting."""
         waiting = self._pins.pop(digest, None)
         if waiting is not None:
+            self._host_cache.release(waiting[0])
             for pin in waiting[1]:
                 _answer(pin, AdapterNotFound(digest[:12], "it was unpinned before a slot was free for it"))
         _answer(answer, self._slots.unpin(digest) or waiting is not None)
@@ -102,7 +108,7 @@ class ResidentAdapters:
         """Do what waited and can be done now. Once a turn of the step loop."""
         for digest in list(self._pins):
             packed, answers = self._pins[digest]
-            if self._slots.find(digest) is None and not self._to_slot(packed):
+            if not self._to_slot(packed, spare=False):
                 continue
             del self._pins[digest]
             slot = self._slots.find(digest)
@@ -121,15 +127,6 @@ class ResidentAdapters:
         for answer in self._open:
             _answer(answer, fresh(error))
 
-    def _to_slot(self, packed: PackedAdapter) -> bool:
-        slot = self._slots.acquire(packed.digest, packed.rank)
-        if slot is None:
-            return False
-        if not slot.loaded:
-            self._slots.load(slot, packed)
-        self._slots.release(slot)
-        return True
-
     def _unloaded(self, digest: str, answer: Future[bool]) -> bool:
         """Whether the question is done with, by its answer or because nobody waits for it any more."""
         if answer.cancelled():
@@ -139,8 +136,9 @@ class ResidentAdapters:
         slot = self._slots.find(digest)
         if slot is not None and slot.refs:
             return False
+        if not self._host_cache.remove(digest) and digest in self._host_cache.digests():
+            return False  # a copy reads it still
         self._slots.remove(digest)
-        self._host_cache.remove(digest)
         self._pages.forget(digest)
         _answer(answer, True)
         return True

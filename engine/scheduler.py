@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.fairness import TokenCounters, TokenWeights
 from engine.kv_pages import PagePool
 from engine.prefix_keys import extend_keys
 from engine.sequence import Sequence
+from engine.slot_assignment import SlotAssignment
+from engine.waiting import WaitingQueue
 
 if TYPE_CHECKING:
+    from adapter_store.packed import PackedAdapter
     from adapter_store.slots import SlotPool
 
 
@@ -57,13 +59,13 @@ class StepPlan:
 class Scheduler:
     """Continuous batching with chunked prefill under a token, a row, a page and a slot budget.
 
-    A step takes every decoding row, then prefill chunks of running rows, then new rows, first come first served.
-    A request without a slot to go to is passed over and holds up nobody; a request without pages holds up those
-    behind it, so that long prompts get their turn. When pages run out, the row admitted last gives its pages up
-    and is computed again later, with the tokens that it had generated.
+    A step takes every decoding row, then prefill chunks of running rows, then new rows in the order of the waiting
+    queue, which is fair to tenants. A request without a slot to go to is passed over and holds up nobody; a request
+    without pages holds up those behind it, so that long prompts get their turn. When pages run out, the row admitted
+    last gives its pages up and is computed again later, with the tokens that it had generated.
 
-    No request waits for ever. One that ``max_overtakes`` later ones have passed for want of a slot picks the slot
-    whose users will be done first, and no later request may join that slot's adapter until it has been freed.
+    No request waits for ever: a tenant's first is overtaken by ``max_overtakes`` others at most before it is first of
+    all (``WaitingQueue``) and, where it has no slot, before one is drained for it (``SlotAssignment``).
     """
 
     def __init__(
@@ -76,38 +78,46 @@ class Scheduler:
         max_overtakes: int,
         max_mixed_tokens: int | None = None,
         prefix_cache: bool = False,
+        weights: TokenWeights | None = None,
+        let_go: Callable[[PackedAdapter], None] | None = None,
     ) -> None:
-        """Settings as in EngineSettings."""
+        """Settings as in EngineSettings. let_go: called for each adapter in host memory that a sequence does not need
+        any more."""
         self.pages = pages
-        self.slots = slots
         self.max_rows = max_rows
         self.max_batch_tokens = max_batch_tokens
-        self.max_overtakes = max_overtakes
         self.max_mixed_tokens = max_batch_tokens if max_mixed_tokens is None else max_mixed_tokens
         self.prefix_cache = prefix_cache
-        self.waiting: list[Sequence] = []  # by arrival
+        self.counters = TokenCounters(weights or TokenWeights())
+        self.waiting = WaitingQueue(self.counters, max_overtakes)
         self.running: list[Sequence] = []  # by admission
+        self.slots = slots
+        self.assignment: SlotAssignment | None = None
+        if slots is not None:
+            self.assignment = SlotAssignment(slots, self.waiting, self.running, max_overtakes, let_go)
         self.preemptions = 0
         self.reused_tokens = 0
-        # Within a step no slot comes free: adapters of this rank or more that are not resident need not ask again.
-        self._scarce_rank = sys.maxsize
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose adapter, if any, is in host memory or in a slot. Order is by arrival, not by this
-        call."""
-        insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
+        """Queue a sequence whose adapter, if any, is in host memory or in a slot."""
+        self.waiting.add(sequence)
 
     def has(self, sequence: Sequence) -> bool:
         """Whether it is running or queued."""
         return sequence in self.running or sequence in self.waiting
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not; its pages and its slot reference are free at once."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        """Forget a sequence, finished or not; its pages, its slot reference and its host copy are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         self._give_up(sequence)
 
     def plan(self) -> StepPlan:
         """The next step; without rows when there is nothing to do."""
+        if self.assignment is not None:
+            self.assignment.begin_step()
         for sequence in self.running:
             self._publish(sequence)
         # Rows without an adapter last: the LoRA kernels are launched for the others alone. Rows of one adapter side by
@@ -128,7 +138,14 @@ class Scheduler:
             assert first.slot is not None
             self.slots.wait(first.slot)
             self._add_chunk(prefill, first, budget, ready=True)
-        return StepPlan((*decode, *prefill), len(decode), tuple(self._lost()))
+        for row in (*decode, *prefill):
+            if row.samples:
+                self.counters.drawn(row.sequence.tenant)
+        reload: tuple[Sequence, ...] = ()
+        if self.assignment is not None:
+            self.assignment.prefetch()
+            reload = tuple(self.assignment.lost())
+        return StepPlan((*decode, *prefill), len(decode), reload)
 
     def _mixed_budget(self, decoding: int) -> int:
         """Prefill tokens beside so many decoding rows. A step is as slow for them as its prefill is long, and as long
@@ -151,7 +168,7 @@ class Scheduler:
 
     def _add_chunk(self, rows: list[PlannedRow], sequence: Sequence, budget: int, *, ready: bool = False) -> int:
         """Plan as much of the sequence's prefill as the budget allows; returns the tokens that takes."""
-        if budget <= 0 or not (ready or sequence.slot is None or self.slots is None or self.slots.ready(sequence.slot)):
+        if budget <= 0 or not (ready or self.assignment is None or self.assignment.ready(sequence)):
             return 0
         end = min(len(sequence.tokens), sequence.computed + budget)
         rows.append(PlannedRow(sequence, sequence.computed, end, samples=end == len(sequence.tokens)))
@@ -161,89 +178,29 @@ class Scheduler:
         """Move waiting sequences to the running ones while there is room, with their first chunks."""
         if budget <= 0 or len(self.running) >= self.max_rows:
             return
-        if self.slots is not None:
-            self.slots.want(sequence.digest for sequence in self.waiting if sequence.digest is not None)
         passed: list[Sequence] = []
-        self._scarce_rank = sys.maxsize
-        for sequence in self.waiting[:]:
-            if budget <= 0 or len(self.running) >= self.max_rows:
-                return
+        for sequence in self.waiting.ordered():
             if sequence.awaited >= 0:
                 return  # preempted in this very step: its last token is not read yet, and nobody may pass it
-            if not self._take_slot(sequence, passed):
+            if self.assignment is not None and not self.assignment.take(sequence, passed):
                 passed.append(sequence)
                 continue
             self._reuse(sequence)
             if not self.pages.extend(sequence.pages, len(sequence.tokens)):
                 self._forget_pages(sequence)
                 return
-            self.waiting.remove(sequence)
+            self.waiting.admit(sequence, passed)
             self.running.append(sequence)
             self.reused_tokens += sequence.computed
-            for earlier in passed:
-                earlier.overtaken += 1
             budget -= self._add_chunk(rows, sequence, budget)
-
-    def _take_slot(self, sequence: Sequence, passed: list[Sequence]) -> bool:
-        """Whether the sequence has what its adapter needs; starts the copy when the adapter is not resident.
-
-        passed: earlier sequences for which the answer was no, in this same step.
-        """
-        digest = sequence.digest
-        if digest is None or sequence.slot is not None:
-            return True
-        assert self.slots is not None, "an adapter was loaded although there are no slots"
-        if any(earlier.draining == digest for earlier in passed):
-            return False
-        if sequence.adapter is None:
-            sequence.slot = self.slots.acquire(digest)  # or None: evicted since, see _lost
-            return sequence.slot is not None
-        rank = sequence.adapter.rank
-        in_vain = rank >= self._scarce_rank and self.slots.find(digest) is None
-        slot = None if in_vain else self.slots.acquire(digest, rank)
-        if slot is None:
-            self._scarce_rank = min(self._scarce_rank, rank)
-            if sequence.overtaken >= self.max_overtakes and not self._fits(rank, sequence.draining):
-                sequence.draining = self._soonest_free(rank, passed)
-            return False
-        sequence.slot, sequence.draining, sequence.overtaken = slot, None, 0
-        if not slot.loaded:
-            self.slots.load(slot, sequence.adapter)
-        return True
-
-    def _lost(self) -> Iterator[Sequence]:
-        """Take from the queue those whose adapter is neither in host memory nor in a slot any more."""
-        for sequence in self.waiting[:]:
-            if sequence.awaited >= 0:
-                continue  # preempted in this very step, and perhaps at its end with the token that is under way
-            if sequence.adapter is not None or sequence.slot is not None or sequence.digest is None:
-                continue
-            if self.slots is None or self.slots.find(sequence.digest) is None:
-                self.waiting.remove(sequence)
-                yield sequence
-
-    def _fits(self, rank: int, digest: str | None) -> bool:
-        """Whether the adapter's slot is one for ``rank``. An earlier request may have taken a slot that was drained."""
-        slot = None if self.slots is None or digest is None else self.slots.find(digest)
-        return slot is not None and slot.class_rank >= rank and not slot.pinned
-
-    def _soonest_free(self, rank: int, passed: list[Sequence]) -> str | None:
-        """The adapter whose last user has the fewest tokens to go, in a slot that fits; not one drained already."""
-        taken = {earlier.draining for earlier in passed}
-        to_go: dict[str, int] = {}
-        for sequence in (*self.running, *self.waiting):
-            slot = sequence.slot
-            if slot is None or slot.pinned or slot.class_rank < rank:
-                continue
-            if slot.digest is not None and slot.digest not in taken:
-                left = sequence.max_tokens - len(sequence.tokens)
-                to_go[slot.digest] = max(to_go.get(slot.digest, 0), left)
-        return min(to_go, key=to_go.__getitem__, default=None)
+            if budget <= 0 or len(self.running) >= self.max_rows:
+                return
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self.running.remove(sequence)
         self._give_up(sequence)
+        sequence.preempted = True
         self.add(sequence)
 
     def _reuse(self, sequence: Sequence) -> None:
@@ -274,6 +231,5 @@ class Scheduler:
     def _give_up(self, sequence: Sequence) -> None:
         self._publish(sequence)
         self._forget_pages(sequence)
-        if sequence.slot is not None and self.slots is not None:
-            self.slots.release(sequence.slot)
-            sequence.slot = None
+        if self.assignment is not None:
+            self.assignment.give_up(sequence)

@@ -28,8 +28,8 @@ class Sequence:
     them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
     page_keys: names of what its first full pages hold, see ``prefix_keys``; published: how many the page pool knows.
-    overtaken: admissions of later arrivals while this one had no slot to go to. draining: the digest that its
-    starvation keeps from being admitted again, so that a slot comes free.
+    preempted: it ran before and waits again. overtaken: admissions of others while it was its tenant's first or had no
+    slot to go to. draining: the digest that its starvation keeps from being admitted again, so that a slot comes free.
     """
 
     request: GenerationRequest
@@ -48,6 +48,7 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)
     published: int = 0
     slot: Slot | None = None
+    preempted: bool = False
     overtaken: int = 0
     draining: str | None = None
     finished: bool = False
@@ -56,6 +57,11 @@ class Sequence:
         self.tokens = list(self.request.prompt_token_ids)
         self.known = len(self.tokens)
         self.digest = self.request.adapter_digest if self.adapter is None else self.adapter.digest
+
+    @property
+    def tenant(self) -> str:
+        """Whose service it counts as: who asks, or the adapter's name where nobody says."""
+        return self.request.tenant or self.request.adapter or ""
 
     @property
     def prompt_tokens(self) -> int:

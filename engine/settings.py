@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any, Literal, get_args
 
+from adapter_store.eviction import EVICTION_NAMES, EvictionName
 from adapter_store.settings import StoreSettings
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -32,7 +34,13 @@ class EngineSettings:
     store: where adapters come from and how many bytes of them stay in host memory.
     load_threads: adapters on this machine that are read and packed at the same time. download_threads: adapters
     brought here from elsewhere at the same time.
-    max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it.
+    max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it, and the
+    first one that waits of a tenant before it is first of all.
+    eviction: which adapter leaves a slot or host memory for another: "lru" the one not used for longest, "cost" by its
+    uses, its size and how long it took to load. Pinned ones never do.
+    input_weight, output_weight: what a token of a prompt and a generated one count for the tenant; who has had least is
+    next. tenant_weights: shares of tenants that are to get more (or less) than 1. A tenant is what a request says, else
+    its adapter's name.
     cuda_graphs: on a GPU, decode steps are captured at the start and replayed, padded to some numbers of rows.
     graph_prefill_tokens: numbers of prompt tokens that steps with prompts are captured for; None takes them up to
     ``max_batch_tokens``. A step that fits none is launched kernel by kernel, which takes the host tens of milliseconds.
@@ -62,6 +70,10 @@ class EngineSettings:
     load_threads: int = 8
     download_threads: int = 32
     max_overtakes: int = 64
+    eviction: EvictionName = "lru"
+    input_weight: float = 1.0
+    output_weight: float = 2.0
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     cuda_graphs: bool = True
     graph_prefill_tokens: tuple[int, ...] | None = None
     cpu_threads: int | None = None
@@ -105,6 +117,10 @@ class EngineSettings:
             ),
             ("max_waiting", self.max_waiting >= 0, "0 or more"),
             ("max_overtakes", self.max_overtakes >= 0, "0 or more"),
+            ("eviction", self.eviction in EVICTION_NAMES, f"one of {', '.join(EVICTION_NAMES)}"),
+            ("input_weight", 0.0 < self.input_weight < inf, "above 0"),
+            ("output_weight", 0.0 < self.output_weight < inf, "above 0"),
+            ("tenant_weights", all(0.0 < share < inf for share in self.tenant_weights.values()), "shares above 0"),
             ("kv_memory_fraction", 0.0 < self.kv_memory_fraction <= 1.0, "above 0 and at most 1"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1, or unset"),
             ("slots", all(rank >= 1 and count >= 1 for rank, count in slots), "ranks and counts of 1 or more"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adapter_store.errors import AdapterRefused
+from engine.fairness import TokenWeights
 from engine.flight import Flight, SampledToken
 from engine.loading import AdapterLoads
 from engine.output import Outbox, fresh
@@ -29,9 +30,10 @@ from engine.residents import ResidentAdapters
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
-from engine.stats import EngineStats
+from engine.stats import MOST_TENANTS, EngineStats
 
 _log = logging.getLogger(__name__)
+_COPY_PATIENCE_S = 1e-3
 
 
 class StepLoop:
@@ -51,6 +53,8 @@ class StepLoop:
             max_overtakes=settings.max_overtakes,
             max_mixed_tokens=settings.max_mixed_tokens,
             prefix_cache=settings.prefix_cache,
+            weights=TokenWeights(settings.input_weight, settings.output_weight, settings.tenant_weights),
+            let_go=None if parts.store is None else parts.store.host_cache.release,
         )
         self._loads: AdapterLoads | None = None
         self._residents: ResidentAdapters | None = None
@@ -58,14 +62,17 @@ class StepLoop:
             self._loads = AdapterLoads(
                 parts.store,
                 parts.slots,
+                self._scheduler.waiting,
                 settings.load_threads,
                 settings.download_threads,
                 self._post,
                 self._scheduler.add,
                 self._fail,
             )
+            assert self._scheduler.assignment is not None
+            to_slot = self._scheduler.assignment.to_slot
             self._residents = ResidentAdapters(
-                parts.store.host_cache, parts.slots, parts.pages, self._loads, self._uses
+                parts.store.host_cache, parts.slots, parts.pages, self._loads, to_slot, self._uses
             )
         self._outbox = Outbox()
         self._flight: Flight | None = None  # the step launched last
@@ -136,16 +143,25 @@ class StepLoop:
         parts, scheduler = self.parts, self._scheduler
         residency = None if parts.slots is None else parts.slots.residency()
         slots = None if parts.slots is None else parts.slots.stats()
+        host = None if parts.store is None else parts.store.host_cache.stats()
+        tenants = scheduler.waiting.tenants()
         return EngineStats(
             healthy=self.healthy,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             waiting_for_adapter=0 if self._loads is None else self._loads.waiting,
+            waiting_tenants=len(tenants),
+            waiting_by_tenant=tuple(sorted(tenants.items(), key=lambda entry: -entry[1])[:MOST_TENANTS]),
             num_pages=parts.pages.num_pages,
             free_pages=parts.pages.free_pages,
             resident=() if residency is None else tuple(residency.adapters),
             residency_version=0 if residency is None else residency.version,
             host_cached=() if parts.store is None else parts.store.host_cache.digests(),
+            host_bytes=0 if host is None else host.bytes,
+            host_referenced_bytes=0 if host is None else host.referenced_bytes,
+            host_budget_bytes=0 if host is None else host.budget_bytes,
+            pinned=() if parts.slots is None else parts.slots.pinned,
+            prefetches=self._prefetches(),
             slots_in_use=0 if parts.slots is None else parts.slots.in_use,
             slot_hits=0 if slots is None else slots.hits,
             slot_misses=0 if slots is None else slots.misses,
@@ -157,6 +173,11 @@ class StepLoop:
             steps=self._steps,
             last_step_seconds=self._last_step_seconds,
         )
+
+    def _prefetches(self) -> int:
+        if self._residents is None or self._scheduler.assignment is None:
+            return 0
+        return self._residents.prefetches + self._scheduler.assignment.prefetches
 
     def run(self) -> None:
         """Turn until stopped or broken. The body of the engine's thread."""
@@ -174,11 +195,15 @@ class StepLoop:
 
     def _turn(self) -> None:
         with self._wake:
-            while not (self._inbox or self._flight or self._scheduler.running or self._scheduler.waiting):
-                self._wake.wait()
+            while self._idle():
+                # Nobody tells when a copy has read its host memory, for which others may wait.
+                self._wake.wait(_COPY_PATIENCE_S if self._settle_copies() else None)
             inbox, self._inbox = self._inbox, []
         for message in inbox:
             message()
+        if self._loads is not None:
+            self._settle_copies()
+            self._loads.settle()
         if self._ended is None:
             self._step()
         if self._residents is not None:
@@ -188,6 +213,15 @@ class StepLoop:
                 unread = [sequence for sequence in self._sequences.values() if sequence.queue in lost]
             for sequence in unread:
                 self._abort(sequence)
+
+    def _idle(self) -> bool:
+        """Whether there is nothing to do before the next message."""
+        busy = self._inbox or self._flight or self._scheduler.running or self._scheduler.waiting
+        return not busy and (self._loads is None or not self._loads.unblocked)
+
+    def _settle_copies(self) -> int:
+        """Let go of the host memory that copies to slots have read; returns how many are under way."""
+        return 0 if self.parts.slots is None else self.parts.slots.settle()
 
     def _step(self) -> None:
         """Launch the next step, then read the one before it: the device has work while its results are handed out."""

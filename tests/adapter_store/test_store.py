@@ -14,19 +14,32 @@ import torch
 from adapter_store.checkpoint import pack_checkpoint
 from adapter_store.digest import CONFIG_FILE
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapter_store.host_cache import ROOM_ALIGNMENT, HostMemoryFull, Room
 from adapter_store.load_stats import LoadTotals, SourceStats
+from adapter_store.packed import PackedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
-from adapter_store.source import AdapterRef
+from adapter_store.source import AdapterRef, ResolvedAdapter
 from adapter_store.store import AdapterStore
 from tests.adapter_store.hub_server import Fault, HubServer
 from tests.adapter_store.plain_adapters import LAYOUT, adapter_files, write_adapter
 
 
+class ReleasingStore(AdapterStore):
+    """Gives each reference back at once: the host cache may evict, and here only when it is told to."""
+
+    def load(
+        self, adapter: str | AdapterRef | ResolvedAdapter, digest: str | None = None, room: Room | None = None
+    ) -> PackedAdapter:
+        packed = super().load(adapter, digest, room)
+        self.host_cache.release(packed)
+        return packed
+
+
 def make_store(root: Path, **settings: object) -> AdapterStore:
     values = {"folders": ("adapters",), "cache_dir": "cache", "negative_ttl_s": 0.3} | settings
     (root / "adapters").mkdir(exist_ok=True)
-    return AdapterStore(StoreSettings(root=root, **values), LAYOUT, torch.float32, max_rank=8)  # type: ignore[arg-type]
+    return ReleasingStore(StoreSettings(root=root, **values), LAYOUT, torch.float32, max_rank=8)  # type: ignore[arg-type]
 
 
 def test_load_packs_what_the_name_means(tmp_path: Path) -> None:
@@ -53,12 +66,37 @@ def test_the_host_cache_answers_by_digest_without_a_source(tmp_path: Path) -> No
     assert store.host_cache.stats().adapters == 1
 
 
-def test_without_a_host_cache_each_load_reads(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "adapters/a")
-    store = make_store(tmp_path, host_cache_bytes=0)
-    first, second = store.load("a"), store.load("a")
-    assert first is not second
-    assert torch.equal(first.slab, second.slab)
+def test_host_memory_for_one_adapter_is_enough_to_load_any_and_less_is_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        write_adapter(tmp_path / "adapters" / name, rank=8, seed=ord(name))
+    least = 4 * LAYOUT.slab_elements(8) + ROOM_ALIGNMENT
+    store = make_store(tmp_path, host_cache_bytes=least)
+    for name in "abab":
+        packed = store.load(name)
+        expected = pack_checkpoint(tmp_path / "adapters" / name, LAYOUT, 8, torch.float32, name)
+        assert torch.equal(packed.slab, expected.slab)
+        assert store.host_cache.digests() == (expected.digest,)
+    assert store.host_cache.stats().evictions == 3
+    with pytest.raises(ValueError, match=rf"host_cache_bytes is {least - 1} .*rank 8 needs {least} bytes"):
+        make_store(tmp_path, host_cache_bytes=least - 1)
+
+
+def test_an_adapter_waits_for_host_memory_in_use(tmp_path: Path) -> None:
+    for name in "ab":
+        write_adapter(tmp_path / "adapters" / name, rank=8, seed=ord(name))
+    store = make_store(tmp_path, host_cache_bytes=4 * LAYOUT.slab_elements(8) + ROOM_ALIGNMENT)
+    held = AdapterStore.load(store, "a")
+    with pytest.raises(HostMemoryFull) as caught:
+        store.load("b")
+    store.host_cache.release(held)
+    room = store.host_cache.reserve(caught.value.nbytes)
+    assert room is not None
+    with pytest.raises(AdapterNotFound):
+        store.load("nobody", None, room)
+    assert store.host_cache.stats().bytes == 0, "room that was not needed is free again"
+    room = store.host_cache.reserve(caught.value.nbytes)
+    store.host_cache.waited_only = True
+    assert store.load("b", None, room).rank == 8
 
 
 def test_a_name_published_again_is_new_content(tmp_path: Path) -> None:
@@ -257,7 +295,7 @@ def test_a_hub_adapter_too_large_for_this_model_is_not_fetched(tmp_path: Path, m
         store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint)
         with pytest.raises(AdapterRefused, match="at most"):
             store.load("far")
-        assert list((tmp_path / "cache/hub").iterdir()) == []
+        assert list((tmp_path / "cache/adapters").iterdir()) == []
 
 
 def test_close_drops_what_is_held(tmp_path: Path) -> None:

@@ -56,12 +56,23 @@ class Line:
         self.stops: dict[Sequence, int] = {}  # ends when so many tokens are known
 
     def add(
-        self, name: str, prompt: int = 4, new: int = 4, packed: PackedAdapter | None = None, *, in_slot: bool = False
+        self,
+        name: str,
+        prompt: int = 4,
+        new: int = 4,
+        packed: PackedAdapter | None = None,
+        *,
+        in_slot: bool = False,
+        tenant: str = "everybody",
     ) -> Sequence:
         """in_slot: host memory has the adapter no more; the request relies on the slot that holds it."""
         digest = None if packed is None else packed.digest
         request = GenerationRequest(
-            name, tuple(range(prompt)), adapter=packed.name if packed else None, adapter_digest=digest
+            name,
+            tuple(range(prompt)),
+            adapter=packed.name if packed else None,
+            adapter_digest=digest,
+            tenant=tenant,
         )
         sequence = Sequence(request, self.arrivals, prompt + new, seed=0, adapter=None if in_slot else packed)
         if packed is not None:

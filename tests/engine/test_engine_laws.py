@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused
 from adapter_store.settings import StoreSettings
+from engine.engine import Engine
 from engine.request import GenerationChunk, GenerationRequest, InvalidRequest
 from engine.step_shapes import step_shapes
 from tests.engine.engines import answer, answers, ask, assert_same, expected, running, settings_for
@@ -322,10 +323,10 @@ async def test_a_resident_adapter_runs_although_its_source_and_its_host_copy_are
     folder = tmp_path / "tenant"
     shutil.copytree(adapters[0].path, folder)
     tenant, other = TinyAdapter(folder, 4), adapters[1]
-    base = settings_for(model, [tenant, other], slots={16: 1})
-    async with running(replace(base, store=replace(base.store, host_cache_bytes=0))) as engine:
+    async with running(settings_for(model, [tenant, other], slots={16: 1})) as engine:
         await answer(engine, ask("first", [5, 6], tenant))
         (digest,) = engine.stats().resident
+        drop_host_copies(engine)
         assert engine.stats().host_cached == ()
         shutil.rmtree(folder)
         got = await answers(
@@ -356,10 +357,10 @@ async def test_requests_that_rely_on_a_slot_are_refused_alone_when_another_takes
     folder = tmp_path / "tenant"
     shutil.copytree(adapters[0].path, folder)
     tenant, other = TinyAdapter(folder, 4), adapters[1]
-    base = settings_for(model, [tenant, other], slots={16: 1}, max_rows=1)
-    async with running(replace(base, store=replace(base.store, host_cache_bytes=0))) as engine:
+    async with running(settings_for(model, [tenant, other], slots={16: 1}, max_rows=1)) as engine:
         await answer(engine, ask("first", [5, 6], tenant))
         (digest,) = engine.stats().resident
+        drop_host_copies(engine)
         shutil.rmtree(folder)
 
         async def relies(number: int) -> GenerationChunk | AdapterError:
@@ -387,7 +388,14 @@ async def test_requests_that_rely_on_a_slot_are_refused_alone_when_another_takes
     assert stats.healthy
 
 
-@pytest.mark.parametrize(("host_cache_bytes", "warned"), [(1, True), (1 << 30, False)])
+def drop_host_copies(engine: Engine) -> None:
+    """As when others take the room."""
+    store = engine.parts.store
+    assert store is not None
+    store.host_cache.clear()
+
+
+@pytest.mark.parametrize(("host_cache_bytes", "warned"), [(120_000, True), (1 << 30, False)])
 async def test_a_host_cache_smaller_than_the_slots_is_told_once_at_the_start(
     model: TinyModel,
     adapters: list[TinyAdapter],
@@ -403,6 +411,8 @@ async def test_a_host_cache_smaller_than_the_slots_is_told_once_at_the_start(
         slot_bytes = slots.arena.nbytes
     told = [record for record in caplog.records if "host_cache_bytes" in record.getMessage()]
     assert len(told) == warned
+    with pytest.raises(ValueError, match="host_cache_bytes is 100000 but one adapter of rank 16 needs"):
+        await Engine(replace(base, store=replace(base.store, host_cache_bytes=100_000))).start()
     for record in told:
         assert record.levelname == "WARNING"
         assert f"is {host_cache_bytes} " in record.getMessage()

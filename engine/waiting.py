@@ -1,0 +1,106 @@
+"""Who waits to be admitted, and in which order."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterable, Iterator
+
+from engine.fairness import TokenCounters
+from engine.sequence import Sequence
+
+Order = tuple[int, float, int]
+LAST: Order = (3, 0.0, 0)  # after everyone who waits
+
+
+class WaitingQueue:
+    """Sequences by tenant. The order of all: rows that were preempted; then whoever was overtaken too often, by
+    arrival; then by the counter of the tenant, and by arrival where counters are equal. So with one tenant it is the
+    order of arrival.
+
+    Of each tenant only the first grows old: each admission of a later arrival overtakes it, and after
+    ``max_overtakes`` it is before all that are not. So others that keep coming, however many, do not keep a tenant with
+    a large counter out for ever.
+    """
+
+    def __init__(self, counters: TokenCounters, max_overtakes: int) -> None:
+        self._counters = counters
+        self._max_overtakes = max_overtakes
+        self._tenants: dict[str, list[Sequence]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Everyone, one tenant after the other."""
+        for line in list(self._tenants.values()):
+            yield from list(line)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._tenants.get(sequence.tenant, ())
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue it at its place."""
+        line = self._tenants.get(sequence.tenant)
+        if line is None:
+            if not sequence.preempted:
+                self._counters.lift(sequence.tenant, self._tenants)
+            line = self._tenants[sequence.tenant] = []
+        insort(line, sequence, key=_in_line)
+        self._size += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take it out."""
+        line = self._tenants[sequence.tenant]
+        line.remove(sequence)
+        self._size -= 1
+        if not line:
+            del self._tenants[sequence.tenant]
+            self._counters.leave(sequence.tenant)
+
+    def admit(self, sequence: Sequence, passed: Iterable[Sequence]) -> None:
+        """Take it out to run. passed: those before it in the order that could not, and grow old by it."""
+        self.remove(sequence)
+        if not sequence.preempted:
+            self._counters.prompt(sequence.tenant, sequence.prompt_tokens)
+        firsts = (line[0] for line in self._tenants.values())
+        overtaken = {id(first): first for first in firsts if first.arrival < sequence.arrival}
+        overtaken |= {id(earlier): earlier for earlier in passed}
+        for earlier in overtaken.values():
+            earlier.overtaken += 1
+
+    def ordered(self) -> Iterator[Sequence]:
+        """Everyone in order. The one given out last may be removed meanwhile, and counters may grow."""
+        lines = {tenant: list(line) for tenant, line in self._tenants.items()}
+        heap = [(self._order(line, 0), tenant, 0) for tenant, line in lines.items()]
+        heapq.heapify(heap)
+        while heap:
+            _, tenant, place = heap[0]
+            line = lines[tenant]
+            yield line[place]
+            if place + 1 < len(line):
+                heapq.heapreplace(heap, (self._order(line, place + 1), tenant, place + 1))
+            else:
+                heapq.heappop(heap)
+
+    def order(self, sequence: Sequence) -> Order:
+        """Its place, for comparing with others': of those who wait, and of one who would have to come to wait."""
+        line = self._tenants.get(sequence.tenant, [sequence])
+        return self._order([sequence], 0) if line[0] is sequence else self._order([line[0], sequence], 1)
+
+    def tenants(self) -> dict[str, int]:
+        """How many of each tenant wait. Any thread."""
+        return {tenant: len(line) for tenant, line in self._tenants.copy().items()}
+
+    def _order(self, line: list[Sequence], place: int) -> Order:
+        sequence = line[place]
+        if sequence.preempted:
+            return 0, 0.0, sequence.arrival
+        if place == 0 and sequence.overtaken >= self._max_overtakes:
+            return 1, 0.0, sequence.arrival
+        return 2, self._counters[sequence.tenant], sequence.arrival
+
+
+def _in_line(sequence: Sequence) -> tuple[bool, int]:
+    return not sequence.preempted, sequence.arrival
