@@ -1,0 +1,67 @@
+"""Other processes of the same machine that fetch adapters, started without importing everything anew."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from adapter_store.disk_cache import DiskCache
+from adapter_store.file_lock import file_lock
+from adapter_store.hub_client import HubClient
+from adapter_store.remote_source import RemoteSource
+from adapter_store.settings import StoreSettings
+from adapter_store.source import AdapterRef
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.adapter_store.fetching"])
+
+
+class Fetcher:
+    """A process that fetches references one after the other, on the disk cache in ``root``."""
+
+    def __init__(self, endpoint: str, root: Path, refs: Sequence[str], budget: int = 1 << 30) -> None:
+        self._reads, writes = _processes.Pipe(duplex=False)
+        self.process: BaseProcess = _processes.Process(target=_fetch, args=(endpoint, root, refs, budget, writes))
+        self.process.start()
+        writes.close()
+
+    def kill(self) -> None:
+        """As ``kill -9`` does."""
+        self.process.kill()
+        self.process.join(10)
+
+    def digests(self) -> list[str]:
+        """What it fetched, once it has ended."""
+        self.process.join(60)
+        assert self.process.exitcode == 0
+        return self._reads.recv()
+
+
+def _fetch(endpoint: str, root: Path, refs: Sequence[str], budget: int, answer: Connection) -> None:
+    store = hub_source(endpoint, root, cache_bytes=budget)
+    answer.send([store.fetch(store.resolve(ref, AdapterRef.parse(ref))).digest() for ref in refs])
+
+
+def hub_source(endpoint: str, root: Path, **changes: object) -> RemoteSource:
+    """The Hub at ``endpoint``, tried once, with a disk cache in ``root``."""
+    settings = StoreSettings(root=root, hub_endpoint=endpoint, hub_retries=0, **changes)  # type: ignore[arg-type]
+    return RemoteSource(settings, HubClient(settings), DiskCache(root / "cache", settings.cache_bytes))
+
+
+def lock_holder(path: Path) -> BaseProcess:
+    """A process that holds a lock until it is killed; returns when it does."""
+    reads, writes = _processes.Pipe(duplex=False)
+    process = _processes.Process(target=_hold, args=(path, writes))
+    process.start()
+    writes.close()
+    assert reads.poll(30) and reads.recv() == "held"
+    return process
+
+
+def _hold(path: Path, answer: Connection) -> None:
+    with file_lock(path, 1):
+        answer.send("held")
+        multiprocessing.Event().wait()
