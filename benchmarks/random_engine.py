@@ -64,7 +64,11 @@ async def random_engine(
             model=str(model),
             max_model_len=max_model_len,
             slots=((rank, adapters),),
-            store=StoreSettings(root=folder, folders=("adapters",), host_cache_bytes=64 << 30),
+            store=StoreSettings(
+                root=folder,
+                folders=("adapters",),
+                host_cache_bytes=(adapters + 1) * (4 * layout.slab_elements(rank) + 64),  # every one, in any dtype
+            ),
             load_random_weights=True,
             seed=0,
             **settings,
