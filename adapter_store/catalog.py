@@ -77,6 +77,13 @@ class Catalog:
                 self._known.popitem(last=False)
         return resolved
 
+    def recall(self, name: str, ref: AdapterRef) -> ResolvedAdapter | None:
+        """What ``resolve_ref`` would answer from memory, None when it would have to look. Never blocks.
+
+        Raises what is remembered of a failure.
+        """
+        return self.sources.of(ref).recall(name, self.rooted(ref))
+
     def known_digest(self, ref: AdapterRef) -> str | None:
         """What ``ref`` meant when it was last resolved here; None when it was not. Asks nobody."""
         with self._lock:
@@ -92,7 +99,7 @@ class Catalog:
 
     def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
         """Whether ``fetch`` of this content needs no network."""
-        return self.sources.of(ref).at_hand(digest)
+        return self.sources.of(ref).at_hand(self.rooted(ref), digest)
 
     def close(self) -> None:
         """Close the sources."""

@@ -40,6 +40,11 @@ class RecentFailures:
             self._repeated += 1
         raise error.named(name)
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether ``check`` would raise."""
+        with self._lock:
+            return self._entries.get(key, (0.0, None))[0] > time.monotonic()
+
     def forget(self, key: Hashable) -> None:
         """Let the next try happen."""
         with self._lock:

@@ -78,9 +78,12 @@ class LocalSource:
             )
         return files
 
-    def at_hand(self, digest: str | None) -> bool:
+    def recall(self, name: str, ref: AdapterRef) -> None:
+        """Nothing: folders are looked at each time."""
+
+    def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
         """Always: a folder is on this machine, or mounted as if it were."""
-        del digest
+        del ref, digest
         return True
 
     def forget(self, ref: AdapterRef) -> None:

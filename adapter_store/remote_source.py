@@ -59,15 +59,27 @@ class RemoteSource:
 
         Raises AdapterNotFound (missing or closed), AdapterRefused (no adapter there) or AdapterUnavailable.
         """
+        recalled = self.recall(name, ref)
+        if recalled is not None:
+            return recalled
+        try:
+            answer = self._lookups.run(ref, lambda: self._look_up(name, ref))
+        except AdapterError as error:  # a follower shares the failure, not the other caller's name
+            raise error.named(name) from None
+        return ResolvedAdapter(name, answer.pinned, answer.digest)
+
+    def recall(self, name: str, ref: AdapterRef) -> ResolvedAdapter | None:
+        """What the server last said, as long as that counts, and while somebody else waits for the next word."""
+        now = time.monotonic()
         with self._lock:
             answer = self._answers.get(ref)
-        if answer is None or answer.until <= time.monotonic():
-            self._failures.check(ref, name)
-            try:
-                answer = self._lookups.run(ref, lambda: self._look_up(name, ref, answer))
-            except AdapterError as error:  # a follower shares the failure, not the other caller's name
-                raise error.named(name) from None
-        return ResolvedAdapter(name, answer.pinned, answer.digest)
+        if answer is not None and answer.until <= now:
+            late = now - answer.until > self._settings.limits(ref).refresh_s
+            answer = None if late or not self._lookups.running(ref) else answer
+        if answer is not None:
+            return ResolvedAdapter(name, answer.pinned, answer.digest)
+        self._failures.check(ref, name)
+        return None
 
     def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
         """The files, from disk or downloaded, verified against the digest.
@@ -89,9 +101,9 @@ class RemoteSource:
             self._failures.add(resolved.ref, error)
             raise error.named(resolved.name) from None
 
-    def at_hand(self, digest: str | None) -> bool:
-        """Whether the content was downloaded before; unknown content was not."""
-        return digest is not None and self._disk.holds(digest)
+    def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
+        """Whether the content was downloaded before, or could not be a moment ago; unknown content was not."""
+        return (digest is not None and self._disk.holds(digest)) or self._failures.holds(ref)
 
     def forget(self, ref: AdapterRef) -> None:
         """Have the server asked about the reference at its next ``resolve``."""
@@ -115,8 +127,10 @@ class RemoteSource:
     def close(self) -> None:
         """Nothing is held open: connections belong to the protocol's library."""
 
-    def _look_up(self, name: str, ref: AdapterRef, last: _Answer | None) -> _Answer:
-        known = last or self._known_before(ref)
+    def _look_up(self, name: str, ref: AdapterRef) -> _Answer:
+        with self._lock:
+            known = self._answers.get(ref)
+        known = known or self._known_before(ref)
         try:
             # Who has an answer waits for one try only: it goes on being served meanwhile.
             listing = self._client.listing(name, ref, retries=None if known is None else 0)

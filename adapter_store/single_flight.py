@@ -37,6 +37,11 @@ class SingleFlight(Generic[T]):
         future.set_result(result)
         return result
 
+    def running(self, key: Hashable) -> bool:
+        """Whether a call for ``key`` is under way."""
+        with self._lock:
+            return key in self._running
+
     def _forget(self, key: Hashable) -> None:
         with self._lock:
             del self._running[key]

@@ -147,6 +147,13 @@ class AdapterSource(Protocol):
         """
         ...
 
+    def recall(self, name: str, ref: AdapterRef) -> ResolvedAdapter | None:
+        """What ``resolve`` would answer from memory; None when it would have to look. Never blocks.
+
+        Raises what is remembered of a failure.
+        """
+        ...
+
     def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
         """Read the content, verified against the digest.
 
@@ -155,8 +162,9 @@ class AdapterSource(Protocol):
         """
         ...
 
-    def at_hand(self, digest: str | None) -> bool:
-        """Whether ``fetch`` of this content needs no network. May be wrong by the time it is called."""
+    def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
+        """Whether ``fetch`` of this content needs no network, be it that it fails from memory. May be wrong by the time
+        it is called."""
         ...
 
     def forget(self, ref: AdapterRef) -> None:

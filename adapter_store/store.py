@@ -108,6 +108,10 @@ class AdapterStore:
             return True
         return self.catalog.at_hand(ref, digest)
 
+    def owner(self, adapter: str, digest: str | None = None) -> str:
+        """Whose server ``load`` of the same arguments may wait for (``AdapterRef.owner``). Raises AdapterNotFound."""
+        return (_trusted_ref(adapter, digest) or self.catalog.find(adapter)).owner
+
     def stats(self) -> StoreStats:
         """What loading took so far, by tier, and what is remembered now. Any thread."""
         sources = self.catalog.sources.stats()

@@ -9,12 +9,16 @@ from typing import Any, Protocol, TypeVar
 
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound, AdapterUnavailable
+from adapter_store.fair_threads import FairThreads
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import ResolvedAdapter
 from deployments.declarations import Declaration, Declarations
 
 T = TypeVar("T")
+
+# Sources (a Hub organisation, a bucket) that may be silent at once before a look-up at another one has to wait.
+_SOURCES_AT_ONCE = 4
 
 
 class Feed(Protocol):
@@ -48,7 +52,7 @@ class AdapterDirectory:
         self.catalog = catalog
         self.feed: Feed | None = None
         self._text_pool = ThreadPoolExecutor(threads, "text")
-        self._network_pool = ThreadPoolExecutor(threads, "sources")
+        self._network_threads = FairThreads(_SOURCES_AT_ONCE * threads, threads, "sources")
 
     def reconfigure(self, settings: StoreSettings) -> None:
         """Take over the names of these settings. Raises ValueError for a mistake; nothing has changed then."""
@@ -84,9 +88,13 @@ class AdapterDirectory:
 
     async def content(self, named: NamedAdapter) -> ResolvedAdapter:
         """The content of what a name stands for."""
-        pool = self._text_pool if named.ref.source == "local" else self._network_pool
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(pool, self.catalog.resolve_ref, named.name, named.ref)
+        if named.ref.source == "local":
+            return await self.in_text_pool(self.catalog.resolve_ref, named.name, named.ref)
+        recalled = self.catalog.recall(named.name, named.ref)
+        if recalled is not None:  # what is known is not queued behind a source that does not answer
+            return recalled
+        owner, look_up = named.ref.owner, self.catalog.resolve_ref
+        return await asyncio.wrap_future(self._network_threads.submit(owner, look_up, named.name, named.ref))
 
     async def in_text_pool(self, function: Callable[..., T], *args: Any) -> T:
         """Run what takes processor time or looks at local files."""
@@ -95,7 +103,7 @@ class AdapterDirectory:
     def close(self) -> None:
         """Give threads and connections back."""
         self._text_pool.shutdown(wait=False, cancel_futures=True)
-        self._network_pool.shutdown(wait=False, cancel_futures=True)
+        self._network_threads.close()
         self.catalog.close()
 
     def _named_or_none(self, name: str) -> NamedAdapter | None:

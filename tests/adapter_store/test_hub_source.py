@@ -183,6 +183,10 @@ def test_failures_that_stay_end_soon(hub: HubServer, tmp_path: Path) -> None:
         store.fetch(resolved)
     assert len(hub.requests("/cdn/")) == 3
     assert files_in(tmp_path / "cache") == []  # nothing half done is left
+    with pytest.raises(AdapterUnavailable, match="could not be reached"):
+        store.fetch(resolved)
+    assert len(hub.requests("/cdn/")) == 3  # answered at once
+    time.sleep(0.25)
     assert weights(store.fetch(resolved)) == FILES[WEIGHTS_FILE]
 
 
@@ -280,6 +284,40 @@ def test_each_organisation_may_have_its_own_token(
         store.resolve("shout", AdapterRef.parse("hub:acme-evil/shout"))
     assert {seen.authorization for seen in hub.requests("acme/")} == {f"Bearer {TOKEN}"}
     assert {seen.authorization for seen in hub.requests("acme-evil/")} == {"Bearer hf_of_everyone"}
+
+
+def test_what_is_known_is_recalled_without_asking(hub: HubServer, tmp_path: Path) -> None:
+    hub.publish("acme/shout", FILES)
+    store = source(hub, tmp_path, hub_refresh_s=0.3)
+    assert store.recall("shout", REF) is None
+    resolved = store.resolve("shout", REF)
+    assert store.recall("shout", REF) == resolved
+    store.forget(REF)
+    assert store.recall("shout", REF) is None
+    store.resolve("shout", REF)
+    time.sleep(0.35)
+    assert store.recall("shout", REF) is None
+    assert len(hub.requests("/api/")) == 2
+    with pytest.raises(AdapterNotFound):
+        store.resolve("x", AdapterRef.parse("hub:acme/nothing"))
+    with pytest.raises(AdapterNotFound, match="adapter 'y'"):
+        store.recall("y", AdapterRef.parse("hub:acme/nothing"))
+
+
+def test_while_one_waits_for_the_hubs_word_the_others_are_served(hub: HubServer, tmp_path: Path) -> None:
+    hub.publish("acme/shout", FILES)
+    store = source(hub, tmp_path, hub_refresh_s=0.5)
+    before = store.resolve("shout", REF)
+    time.sleep(0.55)
+    commit = hub.publish("acme/shout", {**FILES, WEIGHTS_FILE: b"new"})
+    hub.fail(Fault("/api/", delay_s=0.4))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(store.resolve, "shout", REF)
+        while len(hub.requests("/api/")) < 2:
+            time.sleep(0.005)
+        assert store.resolve("shout", REF) == before
+        assert first.result().ref.revision == commit
+    assert store.resolve("shout", REF).ref.revision == commit
 
 
 def test_failures_are_remembered_briefly(hub: HubServer, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -146,7 +148,7 @@ def test_a_pinned_hub_reference_with_its_digest_asks_nothing_twice(
         replica = make_store(tmp_path, cache_dir="other", hub_endpoint=hub.endpoint)
         assert replica.load(str(resolved.ref), resolved.digest).digest == resolved.digest
         assert len(hub.requests("/api/")) == 1
-        with pytest.raises(AdapterUnavailable, match="not the content"):
+        with pytest.raises(AdapterRefused, match="not the content"):
             replica.load(str(resolved.ref), "0" * 64)
 
 
@@ -275,15 +277,54 @@ def test_a_slow_source_delays_only_those_who_want_it(tmp_path: Path, monkeypatch
         assert time.monotonic() - started > 1.4
 
 
-def test_a_failed_download_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_remembered_but_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with HubServer() as hub:
         hub.publish("acme/far", adapter_files())
         hub.fail(Fault("/cdn/", status=503))
         store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint, hub_retries=0)
-        with pytest.raises(AdapterUnavailable):
-            store.load("far")
-        assert store.load("far").rank == 4
+        resolved = store.resolve("far")
+        key = (str(resolved.ref), resolved.digest)
+        assert not store.at_hand(*key)
+        for _ in range(3):
+            with pytest.raises(AdapterUnavailable, match="503"):
+                store.load(*key)
+            assert store.at_hand(*key)  # it takes no thread for downloads to say so again
+        assert len(hub.requests("/cdn/")) == 1
+        assert (store.stats().sources.remembered_failures, store.stats().sources.failures_repeated) == (1, 2)
+        time.sleep(0.35)
+        assert store.load(*key).rank == 4
+        assert store.stats().sources.remembered_failures == 0
+        assert store.stats().sources.download.failed == 1
+
+
+def test_a_failed_load_gives_everything_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with HubServer() as hub:
+        for number in range(4):
+            hub.publish(f"acme/a{number}", adapter_files(seed=number))
+        adapters = {f"a{number}": f"hub:acme/a{number}" for number in range(4)}
+        limits = {"hub_retries": 0, "hub_timeout_s": 0.3, "negative_ttl_s": 0}
+        store = make_store(tmp_path, adapters=adapters, hub_endpoint=hub.endpoint, **limits)
+        faults = (
+            Fault("/cdn/", cut=0.5),
+            Fault("/cdn/", status=500),
+            Fault("/cdn/", delay_s=0.8),
+            Fault("/api/", status=404),
+        )
+        for fault in faults:
+            hub.fail(fault)
+            for name in adapters:
+                with contextlib.suppress(AdapterError):
+                    store.load(name)
+            store.host_cache.clear()
+            shutil.rmtree(tmp_path / "cache")
+        assert store.stats().sources.download.failed >= 3
+        assert (store.host_cache.stats().adapters, store.host_cache.stats().bytes) == (0, 0)
+        for name in adapters:
+            assert store.load(name).rank == 4
+        assert list((tmp_path / "cache/adapters").glob(".*")) == []
+        assert list((tmp_path / "cache/adapters/locks").iterdir()) == []
 
 
 def test_a_hub_adapter_too_large_for_this_model_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +336,7 @@ def test_a_hub_adapter_too_large_for_this_model_is_not_fetched(tmp_path: Path, m
         store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint)
         with pytest.raises(AdapterRefused, match="at most"):
             store.load("far")
-        assert list((tmp_path / "cache/adapters").iterdir()) == []
+        assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
 def test_close_drops_what_is_held(tmp_path: Path) -> None:
