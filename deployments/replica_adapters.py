@@ -13,6 +13,7 @@ from adapter_store.errors import AdapterNotFound
 from engine.engine import Engine
 
 LATE_SECONDS = 2.0  # a request that was resolved before its adapter was unloaded arrives within this time
+LAST_STEP_SECONDS = 2.0
 
 
 class ReplicaAdapters:
@@ -69,7 +70,8 @@ class ReplicaAdapters:
             except TimeoutError:
                 break
         freed = not self._requests[digest]
-        freed = freed and await self._engine.unload(digest, max(0.0, deadline - time.monotonic()))
+        # The engine lets go of a request in the step after its last one.
+        freed = freed and await self._engine.unload(digest, max(LAST_STEP_SECONDS, deadline - time.monotonic()))
         if freed:
             self._leaving[digest] = time.monotonic() + LATE_SECONDS
         else:

@@ -40,7 +40,11 @@ class ServedReplicas:
         return answer["result"]
 
     async def every(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[dict[str, Any]]:
-        """See ``Replicas``. A replica that does not answer in time is left out."""
+        """See ``Replicas``. A replica that died meanwhile is left out."""
         response = self._handle.broadcast("order", method, *args)
-        answers = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        try:
+            answers = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except TimeoutError as error:
+            message = f"a replica did not answer within {timeout_s:g} s: try again in a moment"
+            raise ReplicaLost(message, started=False) from error
         return [answer for answer in answers if isinstance(answer, dict)]

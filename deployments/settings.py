@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from adapter_store.settings import StoreSettings
 from deployments.placement import PlacementPolicy
@@ -71,6 +71,11 @@ class RoutingSection(_PolicySection):
     max_backoff_s: float = Field(default=0.05, gt=0)
 
 
+def _on_or_off(value: Any) -> Any:
+    """YAML reads on and off without quotes as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class GatewaySection(_LimitsSection):
     """Fields of ``ServiceLimits``, and how the Gateway deployment runs.
 
@@ -82,7 +87,7 @@ class GatewaySection(_LimitsSection):
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.25, ge=0)
     max_ongoing_requests: int = Field(default=1024, ge=1)
-    admin: Literal["loopback", "on", "off"] = "loopback"
+    admin: Annotated[Literal["loopback", "on", "off"], BeforeValidator(_on_or_off)] = "loopback"
     metric_adapters: int = Field(default=50, ge=0)
 
 

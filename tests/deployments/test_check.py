@@ -142,3 +142,27 @@ def test_the_exit_code_stops_a_start(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"{file}: args.engine.max_row: unknown key")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("user_config", "said"),
+    [
+        ({"adapters": {"a": "nonsense"}}, "deployments.0.user_config.adapters['a']: "),
+        ({"max_rows": 3}, "deployments.0.user_config.max_rows: unknown key; known are adapter_folders,"),
+        (
+            {"adapter_folders": ["/does/not/exist"]},
+            "deployments.0.user_config.adapter_folders: there is no folder /does",
+        ),
+        (
+            {"adapters": {"gone": "local:/no/folder"}},
+            "deployments.0.user_config.adapters['gone']: there is no adapter_",
+        ),
+    ],
+)
+def test_a_mistake_in_user_config_is_told_by_its_place(tmp_path, user_config, said):
+    for name in ("Gateway", "LoraReplica"):
+        deployments = [{"name": name, "user_config": user_config}]
+        (found,) = mistakes(config(tmp_path, application={"deployments": deployments}))
+        assert found.startswith(f"applications.0.{said}")
+    good = [{"name": "Gateway", "user_config": {"allow": ["hub:acme/*"], "adapter_folders": []}}]
+    assert list(mistakes(config(tmp_path, application={"deployments": good}))) == []

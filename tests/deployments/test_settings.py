@@ -51,6 +51,8 @@ def test_the_shipped_configuration_builds_the_application():
         ({"gateway": {"threads": "x"}}, "gateway.threads"),
         ({"gateway": {"threads": 0}}, "gateway: threads is 0"),
         ({"gateway": {"max_body_bytes": 0}}, "gateway: max_body_bytes is 0"),
+        ({"gateway": {"admin": "everybody"}}, "gateway.admin"),
+        ({"gateway": {"metric_adapters": -1}}, "gateway.metric_adapters"),
     ],
 )
 def test_a_mistake_is_refused_by_name(changes, said):
@@ -91,6 +93,11 @@ def test_auto_is_one_gpu_where_the_cluster_has_enough_and_a_share_where_not(gpus
     engine = resolved.engine_settings()
     assert engine.device == device
     assert engine.kv_memory_fraction == pytest.approx(0.8 * (expected or 1.0))
+
+
+def test_on_and_off_need_no_quotes_in_yaml():
+    for written, read in (("on", "on"), ("off", "off"), ("loopback", "loopback"), ('"off"', "off")):
+        assert settings(gateway=yaml.safe_load(f"admin: {written}")).gateway.admin == read
 
 
 def test_an_empty_engine_model_name_compares_nothing():
