@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from adapter_store.errors import AdapterError, AdapterUnavailable
+from adapter_store.fair_threads import FairThreads
 from adapter_store.host_cache import HostMemoryFull, Room
 from adapter_store.packed import PackedAdapter
 from adapter_store.slots import SlotPool
@@ -62,7 +63,8 @@ class AdapterLoads:
         self._slots = slots
         self._queue = waiting
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="adapter-load")
-        self._downloads = ThreadPoolExecutor(download_threads, thread_name_prefix="adapter-download")
+        # A source (a Hub organisation, a bucket) that does not answer leaves three quarters to the others.
+        self._downloads = FairThreads(download_threads, -(-download_threads // 4), "adapter-download")
         self._post = post
         self._loaded = loaded
         self._failed = failed
@@ -144,8 +146,8 @@ class AdapterLoads:
 
     def close(self) -> None:
         """Start no more loads. Threads at work end with their load."""
-        for threads in (self._threads, self._downloads):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._downloads.close()
 
     def _join(self, key: _Key, needs: int | None = None) -> _Load:
         """The load of this key, begun if there is none, or left to wait for room if it is known how much it needs."""
@@ -186,7 +188,7 @@ class AdapterLoads:
         """In a thread: load what is on this machine, leave the rest to the threads for downloads."""
         try:
             if not self._store.at_hand(*key):
-                self._downloads.submit(self._load, key, room)
+                self._downloads.submit(self._store.owner(*key), self._load, key, room)
                 return
         except Exception as error:  # told to everyone who waits for it, as in _load
             if room is not None:
