@@ -82,7 +82,10 @@ class AdapterRows:
 
 
 def stacked_work(setting: KernelSetting, op: str, hidden: int, rank: int, batch: int, dist: str) -> LoraWork:
-    """``bgmv_expand`` or ``bgmv_shrink`` (``op``) on stacked adapters: the calls that LoRAX exposes."""
+    """``bgmv_expand`` or ``bgmv_shrink`` (``op``) on stacked adapters: the calls that LoRAX exposes.
+
+    As ``shared`` where ``op`` says so (``expand_shared``), and where adapters have two rows each on the average.
+    """
     work, *_ = stacked_tensors(setting, op, hidden, rank, batch, dist)
     return work
 
@@ -93,26 +96,26 @@ def stacked_tensors(
     """The same with its inputs, weights and indices, for those who compute it another way."""
     element, size = setting.dtype.itemsize, hidden * rank
     available = setting.pool.numel() // size
-    shape = (hidden, rank) if op == "expand" else (rank, hidden)
+    expand = op.startswith("expand")
+    shape = (hidden, rank) if expand else (rank, hidden)
     weights = setting.pool[: available * size].view(available, *shape)
-    if op == "expand":
+    if expand:
         inputs, output = setting.normal(batch, rank, dtype=torch.float32), setting.zeros(batch, hidden)
         activations = inputs.nbytes + 2 * output.nbytes
     else:
         inputs, output = setting.normal(batch, hidden), setting.zeros(batch, rank, dtype=torch.float32)
         activations = inputs.nbytes + output.nbytes
     distinct = AdapterRows.make(setting, dist, batch, available, 1).distinct
+    shared = op.endswith("_shared") or batch >= 2 * distinct > 0
     moved = distinct * size * element + activations
     rows = AdapterRows.make(setting, dist, batch, available, setting.steps(moved))
 
     def call(step: int) -> None:
-        if op == "expand":
-            bgmv_expand(inputs, weights, output, rows.indices[step], operands_ready=True)
-        else:
-            bgmv_shrink(inputs, weights, output, rows.indices[step], operands_ready=True)
+        function = bgmv_expand if expand else bgmv_shrink
+        function(inputs, weights, output, rows.indices[step], operands_ready=True, shared=shared)
 
     def twin() -> None:
-        function = reference.bgmv_expand if op == "expand" else reference.bgmv_shrink
+        function = reference.bgmv_expand if expand else reference.bgmv_shrink
         function(inputs, weights, output, rows.indices[0])
 
     flops = 2 * batch * size

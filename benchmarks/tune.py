@@ -31,7 +31,7 @@ from benchmarks.report import device_name
 from benchmarks.synthetic import SHAPES
 from benchmarks.timing import Recording, race
 from benchmarks.tune_choice import Trial, choose
-from benchmarks.tune_problem import OPS, STACKED, Problem, problems
+from benchmarks.tune_problem import OPS, SHARED, Problem, problems
 from benchmarks.tune_space import Config, candidates
 from benchmarks.tuned_table import Row, key_of, table_path, update_table
 from engine.lora_targets import adapter_layout
@@ -215,7 +215,7 @@ def main() -> None:
         problem
         for op in arguments.ops
         for problem in problems(
-            op, adapter_layout(spec), hidden, ranks, (*batches, *twice) if op in STACKED else batches, grid.segments
+            op, adapter_layout(spec), hidden, ranks, twice or batches if op in SHARED else batches, grid.segments
         )
     ]
     device = torch.cuda.get_device_name() if on_gpu else "cpu"

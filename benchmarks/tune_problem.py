@@ -14,7 +14,8 @@ from kernels.lora_group import LoraGroup
 STACKED = ("expand", "shrink")
 SLICES = ("expand_slices", "shrink_slices")
 SEGMENTS = ("sgmv_expand", "sgmv_shrink")
-OPS = (*STACKED, *SLICES, *SEGMENTS)
+SHARED = ("expand_shared", "shrink_shared")
+OPS = (*STACKED, *SHARED, *SLICES, *SEGMENTS)
 Segments = tuple[int, int]  # how many, tokens of each
 
 
@@ -64,7 +65,7 @@ def problems(
     segments: tuple[Segments, ...],
 ) -> Iterator[Problem]:
     """Every key of ``op``: of the given widths for the stacked kernels, else of the model's groups."""
-    if op in STACKED:
+    if op in (*STACKED, *SHARED):
         yield from (Problem(op, width, rank, batches) for rank in ranks for width in hidden)
         return
     keys: dict[tuple[int, int], list[tuple[LoraGroup, int]]] = {}

@@ -37,19 +37,37 @@ def _shared_bytes(config: Config) -> int:
     return 2 * (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * config["num_stages"]
 
 
+def _fits_shrink(config: Config, hidden: int, rank: int) -> bool:
+    one_step = config["BLOCK_K"] >= hidden
+    # Along the input a program has one tile.
+    tiles = 1 if one_step else -(-rank // config["BLOCK_N"])
+    return (
+        config["BLOCK_N"] <= _power_of_two(rank)
+        and config["BLOCK_K"] <= _power_of_two(hidden)
+        and (one_step or config["SPLIT_N"] == tiles)
+        and _per_thread(config["BLOCK_N"] * config["BLOCK_K"], config, 8, 64)
+    )
+
+
+def _fits_expand(config: Config, hidden: int, rank: int) -> bool:
+    return _per_thread(config["BLOCK_N"] * _power_of_two(rank), config, 8, 128)
+
+
+_SHRINK = {
+    "BLOCK_N": (1, 2, 4),
+    "SPLIT_N": (1, 2, 4, 8, 16),
+    "BLOCK_K": (512, 1024, 2048, 4096, 8192, 16384),
+}
+
 SPACES: dict[str, Space] = {
     "expand": Space(
-        {"BLOCK_N": (16, 32, 64, 128, 256, 512, 1024), "SPLIT_N": (1,), "num_warps": (1, 2, 4, 8)},
-        lambda config, hidden, rank: _per_thread(config["BLOCK_N"] * _power_of_two(rank), config, 8, 64),
+        {"BLOCK_N": (16, 32, 64, 128, 256, 512, 1024), "SPLIT_N": (1, 2), "num_warps": (1, 2, 4, 8)}, _fits_expand
     ),
-    "shrink": Space(
-        {"BLOCK_N": (1, 2, 4), "BLOCK_K": (512, 1024, 2048, 4096, 8192, 16384), "num_warps": (2, 4, 8, 16)},
-        lambda config, hidden, rank: (
-            config["BLOCK_N"] <= _power_of_two(rank)
-            and config["BLOCK_K"] <= _power_of_two(hidden)
-            and _per_thread(config["BLOCK_N"] * config["BLOCK_K"], config, 8, 64)
-        ),
+    "expand_shared": Space(
+        {"BLOCK_N": (16, 32, 64, 128, 256, 512, 1024), "SPLIT_N": (1, 2, 4), "num_warps": (1, 2, 4)}, _fits_expand
     ),
+    "shrink": Space(_SHRINK | {"num_warps": (4, 8, 16)}, _fits_shrink),
+    "shrink_shared": Space(_SHRINK | {"num_warps": (1, 2, 4, 8)}, _fits_shrink),
     "expand_slices": Space(
         {"BLOCK_N": (64, 128, 256, 512, 1024), "num_warps": (2, 4, 8)},
         lambda config, hidden, rank: _per_thread(config["BLOCK_N"] * config["BLOCK_K"], config, 4, 128),
@@ -83,7 +101,7 @@ def candidates(op: str, hidden: int, rank: int) -> list[Config]:
     for values in itertools.product(*space.choices.values()):
         config = default | dict(zip(space.choices, values, strict=True))
         if "SPLIT_N" in space.choices:
-            tiles = -(-hidden // config["BLOCK_N"])
+            tiles = -(-(hidden if op.startswith("expand") else rank) // config["BLOCK_N"])
             if config["SPLIT_N"] > tiles:
                 continue
             config["SPLIT_N"] = -(-tiles // config["SPLIT_N"])

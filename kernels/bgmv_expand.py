@@ -27,7 +27,7 @@ from kernels.lora_checks import (
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import locate_tile, wait_in_one_program
+from kernels.lora_tiles import has_slot, locate_tile, next_slot, wait_in_one_program
 from kernels.op_configs import EXPAND_KEYS, EXPAND_SLICES_KEYS, POWERS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_expand", "bgmv_expand_slices", "get_lora_op_configs"]
@@ -41,6 +41,7 @@ def bgmv_expand(
     add_inputs: bool = True,
     override_config: Mapping[str, int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     """``output_tensor[i] (+)= lora_b_weights[lora_indices_tensor[i]] @ inputs[i]``, in place.
 
@@ -60,6 +61,8 @@ def bgmv_expand(
         operands_ready: no kernel that may still be running when this one is launched writes ``lora_b_weights`` or
             ``lora_indices_tensor``. A GPU of compute capability 9.0 or later then loads weights while the kernel before
             this one in the stream finishes.
+        shared: most adapters have two or more rows, side by side. A few neighbouring rows are then served by one
+            program, which reads an adapter once for all that have it; rows that do not share are slower.
 
     Raises:
         ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
@@ -73,6 +76,7 @@ def bgmv_expand(
         add_inputs,
         packed(EXPAND_KEYS, override_config),
         operands_ready,
+        shared,
     )
 
 
@@ -127,14 +131,60 @@ def bgmv_expand_slices(
 
 
 @jit
+def _expand_slot(
+    input_ptr, lora_ptr, out_ptr, lora_indices_ptr, slot, row, batch, count, K,
+    xm_stride, xk_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr,
+    CAST_TYPE: tl.constexpr, VECTORS: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """``count`` rows of B of ``slot`` for each of the ROWS rows that has it; none for -1."""
+    if slot >= 0:
+        n = tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        place = lora_ptr + n[:, None].to(tl.int64) * lora_k_stride + k * lora_n_stride
+        weight = _load_rows(place, n < count, k < K, EVEN_K)
+        if WAIT == "late":
+            gdc_wait()
+        mine = ()
+        xs = ()
+        for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+            mine += (has_slot(lora_indices_ptr, row, other, batch, slot, ROWS),)
+            x = tl.load(input_ptr + other * xm_stride + k * xk_stride, mask=(k < K) & mine[other], other=0.0)
+            if not CAST_TYPE:  # the product of two 16-bit floats is exact in fp32
+                x = x.to(tl.float32)
+            xs += (x,)
+        for done in range(0, count, BLOCK_N):
+            target = out_ptr + (done + n).to(tl.int64) * cn_stride
+            inside = n < count - done
+            values = ()
+            for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+                if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
+                    old = tl.load(target + other * cm_stride, mask=inside & mine[other], other=0.0).to(tl.float32)
+                else:
+                    old = tl.zeros((BLOCK_N,), dtype=tl.float32)
+                values += (old,)
+            wide = weight.to(tl.float32)
+            place += BLOCK_N * lora_k_stride
+            weight = _load_rows(place, n < count - done - BLOCK_N, k < K, EVEN_K)
+            for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+                products = wide * xs[other]
+                if not VECTORS:
+                    # Where a thread has one product, it would fuse that, unrounded, into the sum with its neighbours'
+                    # rounded ones, and two threads that hold one sum would differ in its last bit.
+                    products += 0.0
+                total = values[other] + tl.sum(products, 1)
+                tl.store(target + other * cm_stride, total.to(out_ptr.dtype.element_ty), mask=inside & mine[other])
+
+
+@jit(do_not_specialize=["batch"])
 def _bgmv_expand_kernel(
-    input_ptr, lora_ptr, out_ptr, N, K, lora_indices,
+    input_ptr, lora_ptr, out_ptr, batch, N, K, lora_indices,
     xm_stride, xk_stride, l0_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_N: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_N: tl.constexpr,
     EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr, CAST_TYPE: tl.constexpr,
     VECTORS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (SPLIT_N, batch). ``lora_k_stride`` steps along hidden and ``lora_n_stride`` along rank, as in LoRAX.
+    """Grid (SPLIT_N, batch / ROWS). ``lora_k_stride`` steps along hidden and ``lora_n_stride`` along rank, as in LoRAX.
 
     VECTORS: every row of every adapter starts at a multiple of 16 bytes.
     """
@@ -142,39 +192,32 @@ def _bgmv_expand_kernel(
         gdc_launch_dependents()
     if WAIT == "first":
         gdc_wait()
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(lora_indices + row).to(tl.int64)
-    if slot < 0:
-        wait_in_one_program(WAIT)
-        return
+    row = tl.program_id(1).to(tl.int64) * ROWS
     if VECTORS:  # written so that the compiler sees it
         l0_stride = l0_stride // 8 * 8
         lora_k_stride = lora_k_stride // 8 * 8
     share = tl.cdiv(tl.cdiv(N, SPLIT_N), 16) * 16  # whole vectors, so that stores stay aligned
-    start = split * share
+    start = tl.program_id(0) * share
     count = tl.minimum(N - start, share)  # negative where the shares before cover all of N
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    place = lora_ptr + slot * l0_stride + (start + n)[:, None].to(tl.int64) * lora_k_stride + k * lora_n_stride
-    target = out_ptr + row * cm_stride + (start + n).to(tl.int64) * cn_stride
-    weight = _load_rows(place, n < count, k < K, EVEN_K)
-    if WAIT == "late":
-        gdc_wait()
-    x = tl.load(input_ptr + row * xm_stride + k * xk_stride, mask=k < K, other=0.0)
-    if not CAST_TYPE:  # the product of two 16-bit floats is exact in fp32
-        x = x.to(tl.float32)
-    for done in range(0, count, BLOCK_N):
-        inside = n < count - done
-        if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
-            values = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        else:
-            values = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        values += tl.sum(weight.to(tl.float32) * x, 1)
-        tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside)
-        place += BLOCK_N * lora_k_stride
-        target += BLOCK_N * cn_stride
-        weight = _load_rows(place, n < count - done - BLOCK_N, k < K, EVEN_K)
+    input_ptr += row * xm_stride
+    lora_ptr += start.to(tl.int64) * lora_k_stride
+    out_ptr += row * cm_stride + start.to(tl.int64) * cn_stride
+    if ROWS == 1:
+        slot = tl.load(lora_indices + row).to(tl.int64)
+        _expand_slot(
+            input_ptr, lora_ptr + slot * l0_stride, out_ptr, lora_indices, slot, row, batch, count, K,
+            xm_stride, xk_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
+            ROWS, BLOCK_N, BLOCK_K, EVEN_K, ADD_INPUTS, CAST_TYPE, VECTORS, WAIT,
+        )  # fmt: skip
+    else:
+        for turn in range(ROWS):
+            slot = next_slot(lora_indices, row, turn, batch, ROWS)
+            _expand_slot(
+                input_ptr, lora_ptr + slot * l0_stride, out_ptr, lora_indices, slot, row, batch, count, K,
+                xm_stride, xk_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
+                ROWS, BLOCK_N, BLOCK_K, EVEN_K, ADD_INPUTS, CAST_TYPE, VECTORS, WAIT,
+            )  # fmt: skip
+    wait_in_one_program(WAIT)
 
 
 @jit
@@ -241,7 +284,7 @@ def _bgmv_expand_slices_kernel(
 torch.library.define(
     "lorafleet::bgmv_expand",
     "(Tensor inputs, Tensor lora_b_weights, Tensor(a!) output_tensor, Tensor lora_indices_tensor, "
-    "bool add_inputs=True, int[]? config=None, bool operands_ready=False) -> ()",
+    "bool add_inputs=True, int[]? config=None, bool operands_ready=False, bool shared=False) -> ()",
 )
 torch.library.define(
     "lorafleet::bgmv_expand_slices",
@@ -260,6 +303,7 @@ def _check_expand(
     add_inputs: bool = True,
     config: list[int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     op = "bgmv_expand"
     check_tensor(op, "inputs", inputs, "(batch, rank)", FLOATS, inputs)
@@ -317,6 +361,7 @@ def _expand(
     add_inputs: bool = True,
     config: list[int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     _check_expand(inputs, lora_b_weights, output_tensor, lora_indices_tensor)
     weights = lora_b_weights.squeeze(1) if lora_b_weights.ndim == 4 else lora_b_weights
@@ -328,13 +373,15 @@ def _expand(
     if batch == 0:
         return
     hidden, rank = weights.shape[1:]
-    launch = get_lora_op_configs("expand", batch, hidden, rank=rank) | unpacked(EXPAND_KEYS, config)
+    launch = get_lora_op_configs("expand_shared" if shared else "expand", batch, hidden, rank=rank)
+    launch = {"ROWS": 1} | launch | unpacked(EXPAND_KEYS, config)
     block_k = triton.next_power_of_2(rank)
     with torch.cuda.device_of(inputs):
-        launchable(_bgmv_expand_kernel, inputs)[(launch["SPLIT_N"], batch)](
+        launchable(_bgmv_expand_kernel, inputs)[(launch["SPLIT_N"], triton.cdiv(batch, launch["ROWS"]))](
             inputs,
             weights,
             output_tensor,
+            batch,
             hidden,
             rank,
             lora_indices_tensor,

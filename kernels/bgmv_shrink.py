@@ -26,7 +26,7 @@ from kernels.lora_checks import (
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import wait_in_one_program
+from kernels.lora_tiles import has_slot, next_slot, wait_in_one_program
 from kernels.op_configs import POWERS, SHRINK_KEYS, SHRINK_SLICES_KEYS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_shrink", "bgmv_shrink_slices"]
@@ -40,6 +40,7 @@ def bgmv_shrink(
     scaling: float = 1.0,
     override_config: Mapping[str, int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     """``output_tensor[i] = scaling * lora_a_weights[lora_indices_tensor[i]] @ inputs[i]``.
 
@@ -53,10 +54,13 @@ def bgmv_shrink(
         lora_indices_tensor: (batch,) int32|int64; -1 leaves the row untouched. Values of lora_num or more are
             refused on a CPU; on a GPU, where that would cost a synchronisation, they must not occur.
         scaling: factor applied to the fp32 sum.
-        override_config: any of BLOCK_N (rank rows a program), BLOCK_K (columns a step), num_warps, num_stages.
+        override_config: any of BLOCK_N (rank rows a step), SPLIT_N (programs over the rank; need not divide it; it may
+            have more than one step each where BLOCK_K covers the input), BLOCK_K (columns a step), num_warps,
+            num_stages.
         operands_ready: no kernel that may still be running when this one is launched writes ``lora_a_weights`` or
             ``lora_indices_tensor``. A GPU of compute capability 9.0 or later then loads weights while the kernel before
             this one in the stream finishes.
+        shared: as in :func:`kernels.bgmv_expand.bgmv_expand`.
 
     Raises:
         ValueError: a shape, dtype, stride, device, index or configuration that does not fit, by name and value.
@@ -70,6 +74,7 @@ def bgmv_shrink(
         scaling,
         packed(SHRINK_KEYS, override_config),
         operands_ready,
+        shared,
     )
 
 
@@ -121,35 +126,110 @@ def bgmv_shrink_slices(
 
 
 @jit
-def _bgmv_shrink_kernel(
-    input_ptr, lora_ptr, out_ptr, N, K, lora_indices, scaling, xm_stride, l0_stride, cm_stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+def _shrink_in_one_step(
+    input_ptr, place, out_ptr, mine, count, K, scaling, xm_stride, cm_stride,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rank, batch); N is the rank, K the input width."""
+    """BLOCK_K covers K: ``count`` rows of A in tiles of BLOCK_N, the next one loaded while one is multiplied."""
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    weight = tl.load(place, mask=(n < count)[:, None] & (k < K), other=0.0)
+    if WAIT == "late":
+        gdc_wait()
+    xs = ()
+    if ROWS > 1:  # a single row reads its inputs again for each tile: that is faster than holding on to registers
+        for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+            xs += (tl.load(input_ptr + other * xm_stride + k, mask=(k < K) & mine[other], other=0.0),)
+    for done in range(0, count, BLOCK_N):
+        wide = weight.to(tl.float32)
+        place += BLOCK_N * K
+        weight = tl.load(place, mask=(n < count - done - BLOCK_N)[:, None] & (k < K), other=0.0)
+        for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+            x = xs[other] if ROWS > 1 else tl.load(input_ptr + k, mask=k < K, other=0.0)
+            total = tl.sum(wide * x.to(tl.float32), 1) * scaling  # pyright: ignore[reportAttributeAccessIssue]
+            tl.store(out_ptr + other * cm_stride + done + n, total, mask=(n < count - done) & mine[other])
+
+
+@jit
+def _shrink_in_steps(
+    input_ptr, place, out_ptr, mine, count, K, scaling, xm_stride, cm_stride,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``count`` rows of A along K, the next step loaded while one is multiplied."""
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = (n < count)[:, None]
+    weight = tl.load(place, mask=inside & (k < K), other=0.0)
+    if WAIT == "late":
+        gdc_wait()
+    sums = ()
+    for _ in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+        sums += (tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32),)
+    for done in range(0, K, BLOCK_K):
+        wide = weight.to(tl.float32)
+        weight = tl.load(place + done + BLOCK_K, mask=inside & (k < K - done - BLOCK_K), other=0.0)
+        longer = ()
+        for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+            x = tl.load(input_ptr + other * xm_stride + done + k, mask=(k < K - done) & mine[other], other=0.0)
+            longer += (sums[other] + wide * x.to(tl.float32),)
+        sums = longer
+    for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+        tl.store(out_ptr + other * cm_stride + n, tl.sum(sums[other], 1) * scaling, mask=(n < count) & mine[other])
+
+
+@jit
+def _shrink_slot(
+    input_ptr, lora_ptr, out_ptr, lora_indices_ptr, slot, row, batch, count, K, scaling, xm_stride, cm_stride,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ONE_STEP: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """``count`` rows of A of ``slot`` times each of the ROWS rows that has it; none for -1."""
+    if slot >= 0:
+        place = lora_ptr + tl.arange(0, BLOCK_N)[:, None].to(tl.int64) * K + tl.arange(0, BLOCK_K)
+        mine = ()
+        for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+            mine += (has_slot(lora_indices_ptr, row, other, batch, slot, ROWS),)
+        if ONE_STEP:
+            _shrink_in_one_step(
+                input_ptr, place, out_ptr, mine, count, K, scaling, xm_stride, cm_stride, ROWS, BLOCK_N, BLOCK_K, WAIT
+            )
+        else:
+            _shrink_in_steps(
+                input_ptr, place, out_ptr, mine, count, K, scaling, xm_stride, cm_stride, ROWS, BLOCK_N, BLOCK_K, WAIT
+            )
+
+
+@jit(do_not_specialize=["batch"])
+def _bgmv_shrink_kernel(
+    input_ptr, lora_ptr, out_ptr, batch, N, K, lora_indices, scaling, xm_stride, l0_stride, cm_stride,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_N: tl.constexpr,
+    ONE_STEP: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (SPLIT_N, batch / ROWS); N is the rank, K the input width."""
     if WAIT != "never":
         gdc_launch_dependents()
     if WAIT == "first":
         gdc_wait()
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(lora_indices + row).to(tl.int64)
-    if slot < 0:
-        wait_in_one_program(WAIT)
-        return
-    first = tl.program_id(0) * BLOCK_N
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    rows = (n < N - first)[:, None]
-    place = lora_ptr + slot * l0_stride + (first + n)[:, None].to(tl.int64) * K + k
-    x_ptr = input_ptr + row * xm_stride + k
-    weight = tl.load(place, mask=rows & (k < K), other=0.0)
-    if WAIT == "late":
-        gdc_wait()
-    products = weight.to(tl.float32) * tl.load(x_ptr, mask=k < K, other=0.0).to(tl.float32)
-    for done in range(BLOCK_K, K, BLOCK_K):
-        left = k < K - done
-        weight = tl.load(place + done, mask=rows & left, other=0.0)
-        products += weight.to(tl.float32) * tl.load(x_ptr + done, mask=left, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * cm_stride + first + n, tl.sum(products, 1) * scaling, mask=n < N - first)
+    row = tl.program_id(1).to(tl.int64) * ROWS
+    share = tl.cdiv(tl.cdiv(N, SPLIT_N), BLOCK_N) * BLOCK_N
+    start = tl.program_id(0) * share
+    count = tl.minimum(N - start, share)  # negative where the shares before cover all of N
+    input_ptr += row * xm_stride
+    lora_ptr += start.to(tl.int64) * K
+    out_ptr += row * cm_stride + start
+    if ROWS == 1:
+        slot = tl.load(lora_indices + row).to(tl.int64)
+        _shrink_slot(
+            input_ptr, lora_ptr + slot * l0_stride, out_ptr, lora_indices, slot, row, batch, count, K, scaling,
+            xm_stride, cm_stride, ROWS, BLOCK_N, BLOCK_K, ONE_STEP, WAIT,
+        )  # fmt: skip
+    else:
+        for turn in range(ROWS):
+            slot = next_slot(lora_indices, row, turn, batch, ROWS)
+            _shrink_slot(
+                input_ptr, lora_ptr + slot * l0_stride, out_ptr, lora_indices, slot, row, batch, count, K, scaling,
+                xm_stride, cm_stride, ROWS, BLOCK_N, BLOCK_K, ONE_STEP, WAIT,
+            )  # fmt: skip
+    wait_in_one_program(WAIT)
 
 
 @jit(do_not_specialize=["a_unit"])  # it changes with the layer: compile once
@@ -196,7 +276,7 @@ def _bgmv_shrink_slices_kernel(
 torch.library.define(
     "lorafleet::bgmv_shrink",
     "(Tensor inputs, Tensor lora_a_weights, Tensor(a!) output_tensor, Tensor lora_indices_tensor, "
-    "float scaling=1.0, int[]? config=None, bool operands_ready=False) -> ()",
+    "float scaling=1.0, int[]? config=None, bool operands_ready=False, bool shared=False) -> ()",
 )
 torch.library.define(
     "lorafleet::bgmv_shrink_slices",
@@ -214,6 +294,7 @@ def _check_shrink(
     scaling: float = 1.0,
     config: list[int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     op = "bgmv_shrink"
     check_tensor(op, "inputs", inputs, "(batch, in_features)", FLOATS, inputs)
@@ -272,6 +353,7 @@ def _shrink(
     scaling: float = 1.0,
     config: list[int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     _check_shrink(inputs, lora_a_weights, output_tensor, lora_indices_tensor)
     weights = lora_a_weights.squeeze(1) if lora_a_weights.ndim == 4 else lora_a_weights
@@ -283,12 +365,18 @@ def _shrink(
     if batch == 0:
         return
     rank = weights.shape[1]
-    launch = get_lora_op_configs("shrink", batch, width, rank=rank) | unpacked(SHRINK_KEYS, config)
+    launch = get_lora_op_configs("shrink_shared" if shared else "shrink", batch, width, rank=rank)
+    launch = {"ROWS": 1} | launch | unpacked(SHRINK_KEYS, config)
+    one_step = launch["BLOCK_K"] >= width
+    tiles = -(-rank // launch["BLOCK_N"])
+    programs = launch.get("SPLIT_N", tiles) if one_step else tiles  # along K a program has one tile
+    launch["SPLIT_N"] = programs
     with torch.cuda.device_of(inputs):
-        launchable(_bgmv_shrink_kernel, inputs)[(triton.cdiv(rank, launch["BLOCK_N"]), batch)](
+        launchable(_bgmv_shrink_kernel, inputs)[(programs, triton.cdiv(batch, launch["ROWS"]))](
             inputs,
             weights,
             output_tensor,
+            batch,
             rank,
             width,
             lora_indices_tensor,
@@ -296,6 +384,7 @@ def _shrink(
             inputs.stride(0),
             weights.stride(0),
             output_tensor.stride(0),
+            ONE_STEP=one_step,
             **overlap(inputs, operands_ready),
             **launch,
         )

@@ -28,3 +28,20 @@ def wait_in_one_program(WAIT: tl.constexpr):
     """What a program with nothing to do owes the stream's order: while one waits, the kernel has not ended."""
     if WAIT == "late" and tl.program_id(0) + tl.program_id(1) == 0:
         gdc_wait()
+
+
+@jit
+def next_slot(lora_indices_ptr, row, turn, batch, ROWS: tl.constexpr):
+    """The slot of the ``turn``-th of the ROWS rows from ``row`` on; -1 where one before it has the same."""
+    slot = tl.load(lora_indices_ptr + row + turn, mask=row + turn < batch, other=-1).to(tl.int64)
+    lane = tl.arange(0, ROWS)
+    before = tl.load(lora_indices_ptr + row + lane, mask=(lane < turn) & (row + lane < batch), other=-1).to(tl.int64)
+    return tl.where(tl.max((before == slot).to(tl.int32)) > 0, -1, slot)
+
+
+@jit
+def has_slot(lora_indices_ptr, row, other, batch, slot, ROWS: tl.constexpr):
+    """Whether the ``other``-th of the ROWS rows from ``row`` on has this slot. One row has its own."""
+    if ROWS == 1:
+        return True
+    return tl.load(lora_indices_ptr + row + other, mask=row + other < batch, other=-1).to(tl.int64) == slot

@@ -24,15 +24,17 @@ CONFIGS_DIR = Path(__file__).parent / "configs"
 
 EXPAND_KEYS = ("BLOCK_N", "SPLIT_N", "num_warps", "num_stages")
 EXPAND_SLICES_KEYS = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-SHRINK_KEYS = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+SHRINK_KEYS = ("BLOCK_N", "SPLIT_N", "BLOCK_K", "num_warps", "num_stages")
 SHRINK_SLICES_KEYS = ("BLOCK_N",)
 SGMV_KEYS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 POWERS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps")
 
 _OP_KEYS = {
     "expand": EXPAND_KEYS,
+    "expand_shared": (*EXPAND_KEYS, "ROWS"),
     "expand_slices": EXPAND_SLICES_KEYS,
     "shrink": SHRINK_KEYS,
+    "shrink_shared": (*SHRINK_KEYS, "ROWS"),
     "shrink_slices": SHRINK_SLICES_KEYS,
     "sgmv_shrink": SGMV_KEYS,
     "sgmv_expand": SGMV_KEYS,
@@ -50,8 +52,8 @@ def get_lora_op_configs(op_type: str, batch: int, hidden: int, *, rank: int = 16
     """Launch parameters of one LoRA kernel.
 
     Args:
-        op_type: ``expand``, ``shrink``, ``expand_slices``, ``shrink_slices``, ``sgmv_expand`` or ``sgmv_shrink``
-            (``bgmv_expand`` and ``bgmv_shrink`` mean the first two).
+        op_type: ``expand``, ``shrink``, ``expand_shared``, ``shrink_shared``, ``expand_slices``, ``shrink_slices``,
+            ``sgmv_expand`` or ``sgmv_shrink`` (``bgmv_expand`` and ``bgmv_shrink`` mean the first two).
         batch: rows (tokens for sgmv).
         hidden: output width for expand, input width for shrink.
         rank: the adapters' rank, or the largest of a mixed batch.
@@ -99,8 +101,9 @@ def _config(op: str, batch: int, hidden: int, rank: int, device: str) -> Mapping
     rows = [row for row in read_table(CONFIGS_DIR / f"{device.replace(' ', '_')}.json") if row["op"] == op]
     row = nearest(rows, batch, hidden, rank)
     config = default_config(op, hidden, rank) if row is None else dict(row["config"])
-    if row is not None and "SPLIT_N" in config:
-        config["SPLIT_N"] = -(-config["SPLIT_N"] * hidden // row["hidden"])  # the same share of hidden a program
+    if row is not None and "SPLIT_N" in config:  # the same share of the output for a program
+        wanted, tuned = (hidden, row["hidden"]) if op.startswith("expand") else (rank, row["rank"])
+        config["SPLIT_N"] = -(-config["SPLIT_N"] * wanted // tuned)
     return MappingProxyType(dict(config))
 
 
@@ -152,7 +155,7 @@ def default_config(op: str, hidden: int, rank: int) -> dict[str, int]:
       1x128 24 (23). For higher ranks, in steps of 64, 128 columns take every register there is, so those take 64.
     """
     width = _power_of_two(rank)
-    if op == "expand":
+    if op in ("expand", "expand_shared"):
         block = min(max(4096 // width, 8), 512, _power_of_two(hidden))
         config = {"BLOCK_N": block, "SPLIT_N": -(-hidden // block), "num_warps": 4}
     elif op == "expand_slices":
@@ -166,10 +169,10 @@ def default_config(op: str, hidden: int, rank: int) -> dict[str, int]:
     elif op == "shrink_slices":
         config = {"BLOCK_N": 4 if width <= 16 else 8}
     elif hidden > 8192:
-        config = {"BLOCK_N": 1, "BLOCK_K": 16384, "num_warps": 16}
+        config = {"BLOCK_N": 1, "SPLIT_N": rank, "BLOCK_K": 16384, "num_warps": 16}
     else:
-        config = {"BLOCK_N": 2, "BLOCK_K": min(2048, _power_of_two(hidden)), "num_warps": 4}
-    return config
+        config = {"BLOCK_N": 2, "SPLIT_N": -(-rank // 2), "BLOCK_K": min(2048, _power_of_two(hidden)), "num_warps": 4}
+    return config | ({"ROWS": 2} if op.endswith("_shared") else {})
 
 
 def _power_of_two(value: int) -> int:

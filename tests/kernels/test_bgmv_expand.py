@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.bgmv_expand import bgmv_expand
+from kernels.op_configs import trial_config
 
 Expand = Callable[..., None]
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -142,6 +144,22 @@ def test_indices(
 ) -> None:
     case = Case.make(device, 21, 4, indices, index_dtype=index_dtype)
     case.run(expand, assert_rounded_once, add)
+
+
+@pytest.mark.parametrize("indices", [[2, 2, -1, 0, 0], [1, 3, 1, 1], [-1, -1, -1], [4, 4, 4, 4, 4, 4, 4]], ids=str)
+def test_rows_that_share_are_served_alike(
+    device: torch.device, assert_rounded_once: Callable[..., None], indices: list[int]
+) -> None:
+    """In pairs and fours; with the same tiles the bits are those of rows on their own."""
+    case = Case.make(device, 100, 16, indices)
+    case.run(partial(bgmv_expand, shared=True), assert_rounded_once, add=True)
+    alone, tiles = case.output.clone(), {"BLOCK_N": 32, "SPLIT_N": 2, "num_warps": 4}
+    bgmv_expand(case.inputs, case.weights, alone, case.indices, override_config=tiles)
+    for rows in (2, 4):
+        together = case.output.clone()
+        with trial_config("expand_shared", tiles | {"ROWS": rows}):
+            bgmv_expand(case.inputs, case.weights, together, case.indices, shared=True)
+        assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("split", [1, 3, 7, 8, 64, 200])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.bgmv_shrink import bgmv_shrink
+from kernels.op_configs import trial_config
 
 Shrink = Callable[..., None]
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -62,6 +64,36 @@ def run_case(
             check(output[row], exact, magnitude, width)
             output[row] = before[1 + row, 3 : 3 + rank]
     assert torch.equal(guarded, before), "something outside the live rows was written"
+
+
+@pytest.mark.parametrize("indices", [[2, 2, -1, 0, 0], [1, 3, 1, 1], [-1, -1, -1], [3, 3, 3, 3, 3, 3, 3]], ids=str)
+@pytest.mark.parametrize("step", [64, 256], ids=["steps", "one step"])
+def test_rows_that_share_are_served_alike(
+    device: torch.device, assert_rounded_once: Callable[..., None], indices: list[int], step: int
+) -> None:
+    """In pairs and fours; with the same tiles the bits are those of rows on their own."""
+    width, rank = 200, 11
+    run_case(partial(bgmv_shrink, shared=True), assert_rounded_once, device, width, rank, indices)
+    inputs = torch.randn(len(indices), width).to(device, BF16)
+    weights = torch.randn(4, rank, width).to(device, BF16)
+    index = torch.tensor(indices, device=device)
+    alone = torch.zeros(len(indices), rank, device=device)
+    tiles = {"BLOCK_N": 2, "SPLIT_N": 3, "BLOCK_K": step, "num_warps": 4}
+    bgmv_shrink(inputs, weights, alone, index, override_config=tiles)
+    for rows in (2, 4):
+        together = torch.zeros_like(alone)
+        with trial_config("shrink_shared", tiles | {"ROWS": rows}):
+            bgmv_shrink(inputs, weights, together, index, shared=True)
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("split", [1, 3, 8, 40])
+def test_programs_need_not_divide_the_rank(
+    device: torch.device, assert_rounded_once: Callable[..., None], split: int
+) -> None:
+    for step in (64, 128):
+        config = {"BLOCK_N": 2, "SPLIT_N": split, "BLOCK_K": step}
+        run_case(bgmv_shrink, assert_rounded_once, device, 100, 13, [1, -1, 0], config=config)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

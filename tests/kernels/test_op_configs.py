@@ -10,7 +10,16 @@ import pytest
 from kernels import op_configs
 from kernels.bgmv_expand import get_lora_op_configs
 
-OPS = ("expand", "shrink", "expand_slices", "shrink_slices", "sgmv_expand", "sgmv_shrink")
+OPS = (
+    "expand",
+    "shrink",
+    "expand_shared",
+    "shrink_shared",
+    "expand_slices",
+    "shrink_slices",
+    "sgmv_expand",
+    "sgmv_shrink",
+)
 
 
 def test_defaults_cover_the_output_and_waste_no_program() -> None:

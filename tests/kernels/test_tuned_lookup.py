@@ -11,7 +11,7 @@ import kernels.bgmv_expand
 import kernels.bgmv_shrink
 import kernels.sgmv
 from benchmarks.kernel_setting import KernelSetting
-from benchmarks.tune_problem import OPS, Problem, table_key
+from benchmarks.tune_problem import OPS, SHARED, STACKED, Problem, table_key
 from kernels.dispatch import use_triton
 from kernels.lora_group import LoraGroup
 from kernels.op_configs import get_lora_op_configs
@@ -31,7 +31,7 @@ def test_lookups_use_the_tuners_keys(op: str, monkeypatch: pytest.MonkeyPatch) -
 
     for module in (kernels.bgmv_expand, kernels.bgmv_shrink, kernels.sgmv):
         monkeypatch.setattr(module, "get_lora_op_configs", recording)
-    stacked = op in ("expand", "shrink")
+    stacked = op in (*STACKED, *SHARED)
     hidden, rank = (40, 8) if stacked else table_key(op, GROUP, 8)
     point = (2, 3) if op.startswith("sgmv") else 3
     problem = Problem(op, hidden, rank, (point,), () if stacked else ((GROUP, 8),))
