@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 # What file systems call their credentials; these come from the environment alone.
 _CREDENTIALS = ("key", "token", "password", "passwd", "credential", "credentials", "username", "connection_string")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # gcsfs's ways of finding a token, which are no secrets.
 _WAYS = frozenset({"anon", "google_default", "cloud"})
 
@@ -25,7 +27,7 @@ class SourceSettings:
     """
 
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     timeout_s: float | None = None
     retries: int | None = None
     download_timeout_s: float | None = None
@@ -43,8 +45,8 @@ class SourceSettings:
                 f"{{{name.rsplit('.', 1)[-1]}: MY_VARIABLE}}"
             )
         for option, variable in self.env.items():
-            if not isinstance(variable, str) or not variable.isidentifier():
-                raise ValueError(f"env: {option!r} does not name an environment variable")  # it may be the secret
+            if not isinstance(variable, str) or not _VARIABLE.fullmatch(variable):  # it may be the secret itself
+                raise ValueError(f"env: {option!r} must name an environment variable, in capitals such as ACME_SECRET")
             if option in self.options:
                 raise ValueError(f"env: {option!r} is in options too")
         limits = (

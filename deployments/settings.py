@@ -18,9 +18,9 @@ from engine.spec import ModelSpec
 
 
 class _Section(BaseModel):
-    """Unknown keys are mistakes, and the message names them."""
+    """Unknown keys are mistakes, and the message names them. No message quotes what was set: it may be a password."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
 
 
 def _section_of(settings: type, name: str, without: set[str], **changed: Any) -> type[_Section]:
