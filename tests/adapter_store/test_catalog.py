@@ -12,7 +12,7 @@ from adapter_store.catalog import Catalog
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
 from adapter_store.settings import StoreSettings
-from adapter_store.source import AdapterRef
+from adapter_store.source import AdapterRef, ResolvedAdapter
 from tests.adapter_store.hub_server import HubServer
 
 FILES = {CONFIG_FILE: b'{"peft_type": "LORA"}', WEIGHTS_FILE: b"weights"}
@@ -243,3 +243,15 @@ def test_a_forgotten_reference_is_looked_up_again_before_its_time(tmp_path: Path
         assert second.digest != first.digest
         assert catalog.known_digest(AdapterRef("hub", "acme/x")) == second.digest
         assert catalog.known_digest(AdapterRef("hub", "acme/y")) is None
+
+
+def test_allowed_object_stores(tmp_path: Path) -> None:
+    for place in ("open/a", "secret/b"):
+        write(tmp_path / place)
+    catalog = Catalog(StoreSettings(root=tmp_path, cache_dir="c", allow=(f"file://{tmp_path}/open/*",)))
+    resolved = catalog.resolve(f"file://{tmp_path}/open/a")
+    assert catalog.fetch(resolved).weights.numpy().tobytes() == b"weights"
+    assert catalog.resolve(str(resolved.ref)) == ResolvedAdapter(str(resolved.ref), resolved.ref, resolved.digest)
+    for name in ("secret/b", "open/../secret/b", "open", "open/%2e%2e/secret/b"):
+        with pytest.raises(AdapterNotFound):
+            catalog.resolve(f"file://{tmp_path}/{name}")

@@ -17,6 +17,7 @@ from adapter_store.local_source import LocalSource
 from adapter_store.source import AdapterRef
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DIGEST = COMMIT + "0" * 24
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("hub:org/name@main", AdapterRef("hub", "org/name", "main"), False),
         ("hub:org/na.me_1@refs/pr/3", AdapterRef("hub", "org/na.me_1", "refs/pr/3"), False),
         (f"hub:org/name@{COMMIT}", AdapterRef("hub", "org/name", COMMIT), True),
+        ("s3://bucket/a/b", AdapterRef("s3", "bucket/a/b"), False),
+        ("gs://bucket", AdapterRef("gs", "bucket"), False),
+        ("file:///mnt/a", AdapterRef("file", "/mnt/a"), False),
+        ("memory://acme/x", AdapterRef("memory", "acme/x"), False),
+        (f"s3://bucket/a+b=c,d@{DIGEST}", AdapterRef("s3", "bucket/a+b=c,d", DIGEST), True),
     ],
 )
 def test_references_read_and_written(text: str, ref: AdapterRef, pinned: bool) -> None:
@@ -42,11 +48,43 @@ def test_references_read_and_written(text: str, ref: AdapterRef, pinned: bool) -
         "", "name", "s3:bucket/x", "local:", "local:/a\0b", "hub:", "hub:org", "hub:org/", "hub:/name", "hub:a/b/c",
         "hub:../../etc/passwd", "hub:org/..", "hub:org/a..b", "hub:org/a--b", "hub:org/name@", "hub:org/name@../../x",
         "hub:org/name@a b", "hub:org/na me", "hub:org/name?x=1", "hub:órg/name", "hub:.org/name", "HUB:org/name",
+        "s3://", "s3:///a", "s3://b/../c", "s3://b/./c", "s3://b//c", "s3://b/a b", "s3://b/a%2e", "s3://b/*", "s3://b/a?b",
+        "s3://b/a#b", "s3://b/a\\b", "s3://b/a\n", "s3://b/{a,b}", "S3://b/c", "hub://a/b", "local:///a", "s3://b/a@v1",
+        "s3://b/a@", f"s3://b/a@{COMMIT}", "s3://b/a@b/c", "zip://a::s3://b/c", "s3://b:80/c", "file://",
     ],
 )  # fmt: skip
 def test_what_is_no_reference(text: str) -> None:
     with pytest.raises(ValueError, match="adapter reference"):
         AdapterRef.parse(text)
+
+
+def test_a_trailing_slash_says_nothing() -> None:
+    assert AdapterRef.parse("s3://bucket/a/") == AdapterRef("s3", "bucket/a")
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://AKIA:pass@word/x", "s3://AKIA:pass@bucket", "https://user:pass@host/a/b", "s3://u@b/x"]
+)
+def test_credentials_in_a_reference_are_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(ValueError, match="no credentials") as refused:
+        AdapterRef.parse(text)
+    assert "pass" not in str(refused.value) and "AKIA" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "owner"),
+    [
+        ("local:/a/b", "local"),
+        ("hub:org/name@v1", "hub:org"),
+        ("s3://bucket/a/b", "s3://bucket"),
+        (f"gs://bucket/a@{DIGEST}", "gs://bucket"),
+    ],
+)
+def test_owners(text: str, owner: str) -> None:
+    ref = AdapterRef.parse(text)
+    assert ref.owner == owner
+    assert ref.unpinned == AdapterRef(ref.source, ref.id)
+    assert AdapterRef.is_meant(text)
 
 
 def test_errors_cross_process_borders() -> None:

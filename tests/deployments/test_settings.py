@@ -141,3 +141,20 @@ async def test_a_paced_stream_is_read_slowly_and_ends_without_delay():
     assert taken[1] - taken[0] >= 0.045 and taken[2] - taken[1] >= 0.045
     assert ended - taken[2] < 0.045 and taken[0] - started < 0.045
     assert [chunk.text async for chunk in together(source())] == ["012"]
+
+
+def test_sources_are_settings_of_the_store_and_hold_no_credentials():
+    sources = {"s3://acme": {"options": {"endpoint_url": "http://minio:9000"}, "env": {"secret": "ACME_SECRET"}}}
+    made = settings(store={"sources": sources}, adapters={"x": "s3://acme/x"}, allow=["s3://acme/*"])
+    source = made.store_settings().sources["s3://acme"]
+    assert (source.options, source.env) == (sources["s3://acme"]["options"], {"secret": "ACME_SECRET"})
+    assert FleetSettings.model_validate(made.model_dump(mode="json")) == made
+    for mistake in (
+        {"store": {"sources": {"s3://acme": {"options": {"secret": "hunter2"}}}}},
+        {"store": {"sources": {"s3://acme": {"timeout_s": "hunter2"}}}},
+        {"store": {"sources": {"s3://acme": {"secret": "hunter2"}}}},
+        {"adapters": {"x": "s3://key:hunter2@acme/x"}},
+    ):
+        with pytest.raises(ValidationError) as refused:
+            settings(**mistake)
+        assert "hunter2" not in str(refused.value)
