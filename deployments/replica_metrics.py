@@ -31,9 +31,12 @@ class Reading:
 GAUGES = {
     "lorafleet_adapters": ("tier", "Adapters held: in slots, in host memory."),
     "lorafleet_adapter_bytes": ("tier", "Bytes that adapters take in host memory."),
+    "lorafleet_adapter_bytes_budget": ("tier", "Bytes that they may take."),
+    "lorafleet_adapter_bytes_referenced": ("tier", "Bytes of them that waiting requests, loads and copies use."),
     "lorafleet_adapter_slots_in_use": ("", "Slots that running requests refer to."),
     "lorafleet_adapters_pinned": ("", "Adapters that are kept in their slots."),
     "lorafleet_requests": ("state", "Requests: running, waiting, waiting_for_adapter."),
+    "lorafleet_tenants_waiting": ("", "Tenants with requests that wait for their turn."),
     "lorafleet_adapter_failures_remembered": ("", "Adapters and references that are answered with a failure for now."),
     "lorafleet_user_config_refused": ("", "1 while the last user_config is not in force because of a mistake in it."),
 }
@@ -41,6 +44,7 @@ COUNTERS = {
     "lorafleet_adapter_hits_total": ("tier", "Look-ups that found their adapter: slot, host, disk."),
     "lorafleet_adapter_misses_total": ("tier", "Look-ups that did not."),
     "lorafleet_adapter_evictions_total": ("tier", "Adapters put out for others: slot, host."),
+    "lorafleet_adapter_prefetches_total": ("", "Adapters brought to a slot ahead of a request that could run."),
     "lorafleet_adapter_loads_total": ("tier", "Loads that succeeded: download, read, pack."),
     "lorafleet_adapter_load_failures_total": ("tier", "Loads that failed."),
     "lorafleet_adapter_load_bytes_total": ("tier", "Bytes of the loads that succeeded."),
@@ -58,7 +62,11 @@ def read(engine: Engine, *, refused: bool) -> Reading:
         ("lorafleet_adapters", "slot"): len(stats.resident),
         ("lorafleet_adapters", "host"): len(stats.host_cached),
         ("lorafleet_adapter_slots_in_use", ""): stats.slots_in_use,
-        ("lorafleet_adapters_pinned", ""): 0 if parts.slots is None else len(parts.slots.pinned),
+        ("lorafleet_adapters_pinned", ""): len(stats.pinned),
+        ("lorafleet_adapter_bytes", "host"): stats.host_bytes,
+        ("lorafleet_adapter_bytes_budget", "host"): stats.host_budget_bytes,
+        ("lorafleet_adapter_bytes_referenced", "host"): stats.host_referenced_bytes,
+        ("lorafleet_tenants_waiting", ""): stats.waiting_tenants,
         ("lorafleet_requests", "running"): stats.running,
         ("lorafleet_requests", "waiting"): stats.waiting,
         ("lorafleet_requests", "waiting_for_adapter"): stats.waiting_for_adapter,
@@ -68,6 +76,7 @@ def read(engine: Engine, *, refused: bool) -> Reading:
         ("lorafleet_adapter_hits_total", "slot"): stats.slot_hits,
         ("lorafleet_adapter_misses_total", "slot"): stats.slot_misses,
         ("lorafleet_adapter_evictions_total", "slot"): stats.slot_evictions,
+        ("lorafleet_adapter_prefetches_total", ""): stats.prefetches,
         ("lorafleet_tokens_total", "prompt"): stats.prompt_tokens,
         ("lorafleet_tokens_total", "generated"): stats.generated_tokens,
         ("lorafleet_tokens_total", "reused"): stats.reused_tokens,
@@ -77,7 +86,6 @@ def read(engine: Engine, *, refused: bool) -> Reading:
         return Reading(now, totals, {})
     store = parts.store.stats()
     sources, host = store.sources, store.host
-    now[("lorafleet_adapter_bytes", "host")] = host.bytes
     now[("lorafleet_adapter_failures_remembered", "")] = sources.remembered_failures
     totals |= {
         ("lorafleet_adapter_hits_total", "host"): host.hits,
