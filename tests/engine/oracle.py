@@ -51,7 +51,7 @@ class TinyModel:
         self,
         name: str,
         rank: int,
-        targets: Sequence[str] = ATTENTION + MLP,
+        targets: str | Sequence[str] = ATTENTION + MLP,
         *,
         alpha: int | None = None,
         strength: float = 0.3,
@@ -63,7 +63,8 @@ class TinyModel:
         from peft import LoraConfig, get_peft_model
 
         alpha = 2 * rank if alpha is None else alpha
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, **lora_config)
+        modules = targets if isinstance(targets, str) else list(targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, lora_dropout=0.0, **lora_config)
         model = get_peft_model(copy.deepcopy(self.hf), config)
         generator = torch.Generator().manual_seed(seed)
         for key, tensor in model.named_parameters():
