@@ -82,9 +82,19 @@ class AdapterDirectory:
             raise AdapterUnavailable(name, "what was declared at run time is not known here yet: try again in a moment")
         return await self.in_text_pool(self.catalog.named, name)
 
-    async def resolve(self, model: str) -> ResolvedAdapter | None:
-        """The content that a client's name means now; None for the base model. Raises what ``Catalog.resolve`` does."""
-        return None if model == self.base_model else await self.content(await self.named(model))
+    async def resolve(self, model: str, gone: str | None = None) -> ResolvedAdapter | None:
+        """The content that a client's name means now; None for the base model. Raises what ``Catalog.resolve`` does.
+
+        gone: digest of content that its source no longer has; who still takes the name for that asks anew.
+        """
+        if model == self.base_model:
+            return None
+        named = await self.named(model)
+        if gone is not None:
+            recalled = self.catalog.recall(named.name, named.ref)
+            if recalled is not None and recalled.digest == gone:
+                self.catalog.forget(named.ref)
+        return await self.content(named)
 
     async def content(self, named: NamedAdapter) -> ResolvedAdapter:
         """The content of what a name stands for."""

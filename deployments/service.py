@@ -163,7 +163,7 @@ class CompletionService:
         except AdapterChanged:
             if started:
                 raise
-        adapter = await self.directory.resolve(model)
+        adapter = await self.directory.resolve(model, gone=request.adapter_digest)
         if adapter is not None:
             request = replace(request, adapter=str(adapter.ref), adapter_digest=adapter.digest)
         async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
