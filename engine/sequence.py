@@ -28,8 +28,9 @@ class Sequence:
     them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
     page_keys: names of what its first full pages hold, see ``prefix_keys``; published: how many the page pool knows.
-    preempted: it ran before and waits again. overtaken: admissions of others while it was its tenant's first or had no
-    slot to go to. draining: the digest that its starvation keeps from being admitted again, so that a slot comes free.
+    preempted: it ran before and waits again. age: admissions of other tenants' later arrivals while it was the first of
+    its tenant. overtaken: admissions of those behind it in the order while it had no slot to go to. draining: the digest
+    that its starvation keeps from being admitted again, so that a slot comes free.
     """
 
     request: GenerationRequest
@@ -49,6 +50,7 @@ class Sequence:
     published: int = 0
     slot: Slot | None = None
     preempted: bool = False
+    age: int = 0
     overtaken: int = 0
     draining: str | None = None
     finished: bool = False

@@ -14,13 +14,12 @@ LAST: Order = (3, 0.0, 0)  # after everyone who waits
 
 
 class WaitingQueue:
-    """Sequences by tenant. The order of all: rows that were preempted; then whoever was overtaken too often, by
-    arrival; then by the counter of the tenant, and by arrival where counters are equal. So with one tenant it is the
-    order of arrival.
+    """Sequences by tenant. The order of all: rows that were preempted; then those that are old, by arrival; then by the
+    counter of the tenant, and by arrival where counters are equal. So with one tenant it is the order of arrival.
 
-    Of each tenant only the first grows old: each admission of a later arrival overtakes it, and after
-    ``max_overtakes`` it is before all that are not. So others that keep coming, however many, do not keep a tenant with
-    a large counter out for ever.
+    Of each tenant only the first ages, by each admission of another tenant's later arrival; at ``max_overtakes`` it is
+    old. So others that keep coming, however many, do not keep a tenant with a large counter out for ever, and a long
+    queue of one tenant does not come before everybody else.
     """
 
     def __init__(self, counters: TokenCounters, max_overtakes: int) -> None:
@@ -60,14 +59,13 @@ class WaitingQueue:
             self._counters.leave(sequence.tenant)
 
     def admit(self, sequence: Sequence, passed: Iterable[Sequence]) -> None:
-        """Take it out to run. passed: those before it in the order that could not, and grow old by it."""
+        """Take it out to run. passed: those before it in the order that had no slot to go to."""
         self.remove(sequence)
         if not sequence.preempted:
             self._counters.prompt(sequence.tenant, sequence.prompt_tokens)
-        firsts = (line[0] for line in self._tenants.values())
-        overtaken = {id(first): first for first in firsts if first.arrival < sequence.arrival}
-        overtaken |= {id(earlier): earlier for earlier in passed}
-        for earlier in overtaken.values():
+        for tenant, line in self._tenants.items():
+            line[0].age += tenant != sequence.tenant and line[0].arrival < sequence.arrival
+        for earlier in passed:
             earlier.overtaken += 1
 
     def ordered(self) -> Iterator[Sequence]:
@@ -97,7 +95,7 @@ class WaitingQueue:
         sequence = line[place]
         if sequence.preempted:
             return 0, 0.0, sequence.arrival
-        if place == 0 and sequence.overtaken >= self._max_overtakes:
+        if place == 0 and sequence.age >= self._max_overtakes:
             return 1, 0.0, sequence.arrival
         return 2, self._counters[sequence.tenant], sequence.arrival
 
