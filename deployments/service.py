@@ -28,7 +28,8 @@ Observer = Callable[[str, int, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """max_choices: most completions one request may ask for (prompts x n). threads: of each of the two pools.
+    """max_choices: most completions one request may ask for (prompts x n). threads: for text and local
+    look-ups, and for look-ups at one source.
     max_body_bytes: longest HTTP request body.
 
     Raises ValueError naming the field.

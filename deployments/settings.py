@@ -118,9 +118,9 @@ class FleetSettings(_Section):
 
     model: folder of the base model. model_name: what clients call it, and what adapters name as the model they were
     trained for (``engine.model_name`` where that differs); the folder's name when left out.
-    adapters: name -> ``local:folder`` or ``hub:org/name@revision``. adapter_folders: every sub-folder that holds
-    an adapter is one of that name. allow: patterns of references that clients may name directly. A key with nothing
-    under it has its default.
+    adapters: name -> ``local:folder``, ``hub:org/name@revision`` or ``s3://bucket/prefix``. adapter_folders: every
+    sub-folder that holds an adapter is one of that name. allow: patterns of references that clients may name directly.
+    A key with nothing under it has its default.
     """
 
     model: str

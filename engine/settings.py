@@ -33,7 +33,7 @@ class EngineSettings:
     slots: adapter slots as ``{rank: count}`` (a mapping or pairs), each holding one adapter up to that rank.
     store: where adapters come from and how many bytes of them stay in host memory.
     load_threads: adapters on this machine that are read and packed at the same time. download_threads: adapters
-    brought here from elsewhere at the same time.
+    brought here from elsewhere at the same time, at most a quarter of them of one owner (a Hub organisation, a bucket).
     max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it, and the
     first one that waits of a tenant before it is first of all.
     eviction: which adapter leaves a slot or host memory for another: "lru" the one not used for longest, "cost" by its
