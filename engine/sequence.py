@@ -29,8 +29,8 @@ class Sequence:
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
     page_keys: names of what its first full pages hold, see ``prefix_keys``; published: how many the page pool knows.
     preempted: it ran before and waits again. age: admissions of other tenants' later arrivals while it was the first of
-    its tenant. overtaken: admissions of those behind it in the order while it had no slot to go to. draining: the digest
-    that its starvation keeps from being admitted again, so that a slot comes free.
+    its tenant. overtaken: admissions of those behind it in the order while it had no slot to go to. draining: the
+    digest that its starvation keeps from being admitted again, so that a slot comes free.
     """
 
     request: GenerationRequest

@@ -164,6 +164,18 @@ class ModellessEngine:
             self.loop._turn()
         self.check()
 
+    def finish_loads(self) -> None:
+        """Turn once for each load that a thread ends, until none is at work: steps hardly go on meanwhile."""
+        loads = self.loop._loads
+        assert loads is not None
+        self.turn()
+        while any(load.needs is None for load in loads._loads.values()):
+            deadline = time.monotonic() + STUCK_S
+            while not self.loop._inbox:
+                assert time.monotonic() < deadline, "a load does not end"
+                time.sleep(0.0002)
+            self.turn()
+
     def drain(self, turns: int = 5000) -> None:
         """Turn until everybody is done."""
         for _ in range(turns):

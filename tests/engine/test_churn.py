@@ -141,17 +141,16 @@ async def test_room_that_a_pin_gives_back_while_nothing_runs_is_noticed(adapters
     engine = ModellessEngine(adapters, slots={8: 1, 16: 1}, host_units=2)
     try:
         running = [engine.ask(name, new=200) for name in ("a0", "a3")]
-        while engine.loop.stats().running < 2:
-            engine.turn()
+        engine.finish_loads()
+        assert engine.loop.stats().running == 2
         pinned = adapters.digest("a1")
         fetched = engine.question(lambda residents, done: residents.prefetch("a1", pinned, done))
-        while not fetched.done():
-            engine.turn()
+        engine.finish_loads()
         assert not fetched.result()
         pin = engine.question(lambda residents, done: residents.pin(pinned, done))
         large = engine.ask("a2", new=2)  # needs all of host memory, of which the pin has half
-        while not engine.store.host_cache.waited_only:
-            engine.turn()
+        engine.finish_loads()
+        assert engine.store.host_cache.waited_only
         assert not pin.done()
         for sequence in running:
             engine.loop.leave(sequence)

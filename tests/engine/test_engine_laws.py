@@ -420,11 +420,12 @@ async def test_a_host_cache_smaller_than_the_slots_is_told_once_at_the_start(
         assert "raise it" in record.getMessage()
 
 
+@pytest.mark.parametrize(("slots", "hot_adapters"), [(1, 1), (1, 3), (2, 3)])
 async def test_law_7_a_cold_tenant_is_served_under_a_saturating_hot_one(
-    model: TinyModel, adapters: list[TinyAdapter]
+    model: TinyModel, adapters: list[TinyAdapter], slots: int, hot_adapters: int
 ) -> None:
-    hot, cold = adapters[0], adapters[1]
-    limits = settings_for(model, adapters, slots={16: 1}, max_rows=4, max_overtakes=3)
+    hot, cold = (adapters[0], adapters[2], adapters[3])[:hot_adapters], adapters[1]
+    limits = settings_for(model, adapters, slots={16: slots}, max_rows=4, max_overtakes=3)
     finished_hot = 0
     stop_at = 300  # were the cold tenant never served
 
@@ -433,7 +434,8 @@ async def test_law_7_a_cold_tenant_is_served_under_a_saturating_hot_one(
         count = 0
         while finished_hot < stop_at:
             # Lengths differ, so that the hot adapter's rows never all end in the same step.
-            await answer(engine, ask(f"hot{worker}-{count}", [5, 6, 7], hot, new=7 + (3 * count + 5 * worker) % 11))
+            new, adapter = 7 + (3 * count + 5 * worker) % 11, hot[(count + worker) % len(hot)]
+            await answer(engine, replace(ask(f"hot{worker}-{count}", [5, 6, 7], adapter, new=new), tenant="hot"))
             finished_hot += 1
             count += 1
 
