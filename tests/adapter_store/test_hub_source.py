@@ -266,7 +266,7 @@ def test_a_commit_on_this_machine_is_served_while_the_hub_is_down(hub: HubServer
     again = source(hub, tmp_path, hub_retries=8)
     started = time.monotonic()
     assert again.resolve("shout", resolved.ref) == resolved
-    assert time.monotonic() - started < 1.0  # one try: nobody needs to wait for what is here
+    assert time.monotonic() - started < 4  # one try: nobody needs to wait for what is here
     with pytest.raises(AdapterUnavailable):
         source(hub, tmp_path / "elsewhere").resolve("shout", resolved.ref)
 
@@ -288,14 +288,14 @@ def test_each_organisation_may_have_its_own_token(
 
 def test_what_is_known_is_recalled_without_asking(hub: HubServer, tmp_path: Path) -> None:
     hub.publish("acme/shout", FILES)
-    store = source(hub, tmp_path, hub_refresh_s=0.3)
+    store = source(hub, tmp_path, hub_refresh_s=1.0)
     assert store.recall("shout", REF) is None
     resolved = store.resolve("shout", REF)
     assert store.recall("shout", REF) == resolved
     store.forget(REF)
     assert store.recall("shout", REF) is None
     store.resolve("shout", REF)
-    time.sleep(0.35)
+    time.sleep(1.05)
     assert store.recall("shout", REF) is None
     assert len(hub.requests("/api/")) == 2
     with pytest.raises(AdapterNotFound):
@@ -306,11 +306,11 @@ def test_what_is_known_is_recalled_without_asking(hub: HubServer, tmp_path: Path
 
 def test_while_one_waits_for_the_hubs_word_the_others_are_served(hub: HubServer, tmp_path: Path) -> None:
     hub.publish("acme/shout", FILES)
-    store = source(hub, tmp_path, hub_refresh_s=0.5)
+    store = source(hub, tmp_path, hub_refresh_s=2.0)
     before = store.resolve("shout", REF)
-    time.sleep(0.55)
+    time.sleep(2.05)
     commit = hub.publish("acme/shout", {**FILES, WEIGHTS_FILE: b"new"})
-    hub.fail(Fault("/api/", delay_s=0.4))
+    hub.fail(Fault("/api/", delay_s=1.5))
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(store.resolve, "shout", REF)
         while len(hub.requests("/api/")) < 2:

@@ -189,7 +189,7 @@ def test_failures_that_pass_are_tried_again(bucket: Bucket, tmp_path: Path) -> N
 
 def test_failures_that_stay_end_soon_and_are_answered_at_once_then(bucket: Bucket, tmp_path: Path) -> None:
     ref = bucket.publish("shout")
-    store = bucket.source(tmp_path, negative_ttl_s=1.0)
+    store = bucket.source(tmp_path, negative_ttl_s=2.0)
     bucket.proxy.fail(*[Fault("HEAD", status=500)] * 3)
     for name in ("one", "two"):
         with pytest.raises(AdapterUnavailable, match=bucket.name) as failed:
@@ -197,26 +197,26 @@ def test_failures_that_stay_end_soon_and_are_answered_at_once_then(bucket: Bucke
         assert failed.value.adapter == name
     assert len(bucket.proxy.requests("HEAD")) == 3
     assert (store.stats().remembered_failures, store.stats().failures_repeated) == (1, 1)
-    time.sleep(1.05)
+    time.sleep(2.05)
     assert store.resolve("three", ref).digest
 
 
 def test_a_silent_server_is_given_up_on(bucket: Bucket, tmp_path: Path) -> None:
     ref = bucket.publish("shout")
-    bucket.proxy.fail(*[Fault("HEAD", delay_s=3)] * 2)
+    bucket.proxy.fail(*[Fault("HEAD", delay_s=20)] * 2)
     started = time.monotonic()
     with pytest.raises(AdapterUnavailable, match=r"could not be read \(\w*Timeout\w*\)"):
         bucket.source(tmp_path, timeout_s=0.3, retries=1).resolve("shout", ref)
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 10
 
 
 def test_a_download_has_a_deadline(bucket: Bucket, tmp_path: Path) -> None:
     ref = bucket.publish("shout")
-    bucket.proxy.fail(*[Fault(f"GET /{bucket.name}/shout/{WEIGHTS_FILE}", delay_s=4)] * 5)
+    bucket.proxy.fail(*[Fault(f"GET /{bucket.name}/shout/{WEIGHTS_FILE}", delay_s=20)] * 5)
     started = time.monotonic()
     with pytest.raises(AdapterUnavailable):
         bucket.source(tmp_path, retries=10, timeout_s=5.0, download_timeout_s=1.0).resolve("shout", ref)
-    assert time.monotonic() - started < 3.5
+    assert time.monotonic() - started < 10
 
 
 def test_an_outage_keeps_the_last_known_content(bucket: Bucket, tmp_path: Path) -> None:

@@ -282,7 +282,8 @@ def test_a_failed_download_is_remembered_but_is_no_refusal(tmp_path: Path, monke
     with HubServer() as hub:
         hub.publish("acme/far", adapter_files())
         hub.fail(Fault("/cdn/", status=503))
-        store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint, hub_retries=0)
+        limits = {"hub_retries": 0, "negative_ttl_s": 1.0}
+        store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint, **limits)
         resolved = store.resolve("far")
         key = (str(resolved.ref), resolved.digest)
         assert not store.at_hand(*key)
@@ -292,7 +293,7 @@ def test_a_failed_download_is_remembered_but_is_no_refusal(tmp_path: Path, monke
             assert store.at_hand(*key)  # it takes no thread for downloads to say so again
         assert len(hub.requests("/cdn/")) == 1
         assert (store.stats().sources.remembered_failures, store.stats().sources.failures_repeated) == (1, 2)
-        time.sleep(0.35)
+        time.sleep(1.05)
         assert store.load(*key).rank == 4
         assert store.stats().sources.remembered_failures == 0
         assert store.stats().sources.download.failed == 1
