@@ -23,7 +23,7 @@ class StoreSettings:
     allow: patterns (``hub:acme/*``, ``s3://acme/*``) of references that clients may name directly; ``*`` crosses
     slashes.
     cache_dir: where downloads are kept between runs; cache_bytes: how much of them.
-    host_cache_bytes: host memory for packed adapters; 0 keeps none.
+    host_cache_bytes: host memory for packed adapters; an engine needs room for one of its largest slots.
     hub_endpoint: None is the public Hub. hub_token_env: environment variable that holds the access token.
     sources: the beginning of references (``s3://acme-adapters``, ``hub:acme``) -> how that source is reached; of
     several that fit, the longest counts. Where one says nothing, the Hub's limits hold:
