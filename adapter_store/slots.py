@@ -138,6 +138,8 @@ class SlotPool:
             self._free[slot.class_rank].append(slot)
         self._hits = self._misses = self._evictions = self._exhausted = 0
         self._residency = Residency(0, {}, dict(self._classes), dict(self._classes))
+        #: Grows whenever there may be a slot to give that was not there before, or an adapter less.
+        self.changes = 0
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -237,6 +239,7 @@ class SlotPool:
         assert slot.refs > 0, "released more often than acquired"
         assert slot.digest is not None
         slot.refs -= 1
+        self.changes += slot.refs == 0
         slot._last_read = self._last_step
         if slot.loaded:
             self._eviction.released(slot.digest)
@@ -265,6 +268,7 @@ class SlotPool:
         if slot is None or not slot.pinned:
             return False
         slot.pinned = False
+        self.changes += 1
         return True
 
     def remove(self, digest: str) -> bool:
@@ -357,6 +361,7 @@ class SlotPool:
                 region.fill_(math.nan)
 
     def _changed(self) -> None:
+        self.changes += 1
         self._residency = Residency(
             self._residency.version + 1,
             {digest: slot.rank for digest, slot in self._resident.items() if slot.loaded},

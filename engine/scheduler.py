@@ -143,8 +143,7 @@ class Scheduler:
                 self.counters.drawn(row.sequence.tenant)
         reload: tuple[Sequence, ...] = ()
         if self.assignment is not None:
-            self.assignment.prefetch()
-            reload = tuple(self.assignment.lost())
+            reload = self.assignment.look_ahead()
         return StepPlan((*decode, *prefill), len(decode), reload)
 
     def _mixed_budget(self, decoding: int) -> int:
@@ -182,7 +181,7 @@ class Scheduler:
         for sequence in self.waiting.ordered():
             if sequence.awaited >= 0:
                 return  # preempted in this very step: its last token is not read yet, and nobody may pass it
-            if self.assignment is not None and not self.assignment.take(sequence, passed):
+            if self.assignment is not None and not self.assignment.take(sequence):
                 passed.append(sequence)
                 continue
             self._reuse(sequence)

@@ -24,6 +24,7 @@ class Sequence:
     text: the visible text, None for a model without a tokenizer. queue: where results go.
     adapter: its weights in host memory; None for the base model, and while a slot holds them already.
     digest: the adapter that its slot must hold; None for the base model, and until an adapter's name is resolved.
+    tenant: whose service it counts as: who asks, or the adapter's name where nobody says.
     tokens: prompt, then what was generated, with PENDING at the end for what is drawn but not read. known: how many of
     them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
@@ -41,6 +42,7 @@ class Sequence:
     queue: OutputQueue | None = None
     adapter: PackedAdapter | None = None
     digest: str | None = None
+    tenant: str = field(init=False)
     tokens: list[int] = field(default_factory=list)
     known: int = 0
     awaited: int = -1
@@ -58,12 +60,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
         self.known = len(self.tokens)
+        self.tenant = self.request.tenant or self.request.adapter or ""
         self.digest = self.request.adapter_digest if self.adapter is None else self.adapter.digest
-
-    @property
-    def tenant(self) -> str:
-        """Whose service it counts as: who asks, or the adapter's name where nobody says."""
-        return self.request.tenant or self.request.adapter or ""
 
     @property
     def prompt_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 from adapter_store.packed import PackedAdapter
@@ -37,25 +37,26 @@ class SlotAssignment:
         # Within a step no slot comes free: adapters of this rank or more that are not resident need not ask again.
         self._scarce_rank = sys.maxsize
         self._told = False  # whether the pool knows what this step's queue wants
+        self._drained: set[str] = set()  # what nobody may join any more in this step
+        self._seen: tuple[int, int] | None = None  # changes after which there was nothing to look ahead for
         self.prefetches = 0
 
     def begin_step(self) -> None:
         """Forget what was known of the last step."""
         self._scarce_rank, self._told = sys.maxsize, False
+        self._drained.clear()
 
     def ready(self, sequence: Sequence) -> bool:
         """Whether a step may read the sequence's adapter."""
         return sequence.slot is None or self._slots.ready(sequence.slot)
 
-    def take(self, sequence: Sequence, passed: Iterable[Sequence]) -> bool:
-        """Whether the sequence has what its adapter needs; starts the copy when the adapter is not resident.
-
-        passed: those before it in the order for which the answer was no, in this same step.
-        """
+    def take(self, sequence: Sequence) -> bool:
+        """Whether the sequence has what its adapter needs; starts the copy when the adapter is not resident."""
         digest = sequence.digest
         if digest is None or sequence.slot is not None:
             return True
-        if any(earlier.draining == digest for earlier in passed):
+        if digest in self._drained:
+            self._note(sequence)
             return False
         resident = self._slots.find(digest) is not None
         if resident:
@@ -70,7 +71,8 @@ class SlotAssignment:
             rank = sequence.adapter.rank
             self._scarce_rank = min(self._scarce_rank, rank)
             if sequence.overtaken >= self._max_overtakes and not self._fits(rank, sequence.draining):
-                sequence.draining = self._soonest_free(rank, passed)
+                sequence.draining = self._soonest_free(rank)
+            self._note(sequence)
             return False
         sequence.draining = None
         if not sequence.slot.loaded:
@@ -93,24 +95,42 @@ class SlotAssignment:
             packed, sequence.adapter = sequence.adapter, None
             self._let_go(packed)
 
-    def prefetch(self) -> None:
-        """Copy one adapter of the queue to a slot that is empty or holds what nobody in the queue asks for.
-
-        None while another copy is under way: those for sequences that are admitted go first. Nobody refers to the slot;
-        whoever is before its sequence in the order may still take it.
-        """
+    def look_ahead(self) -> tuple[Sequence, ...]:
+        """After the admissions of a step: copy one adapter of the queue to a slot ahead of its turn, and take those out
+        of the queue whose adapter is neither in host memory nor in a slot any more, which are returned."""
+        changes = self._waiting.changes, self._slots.changes
+        if changes == self._seen:
+            return ()
         ahead: list[Sequence] = []
+        lost: list[Sequence] = []
+        unsure = False
         for sequence in self._waiting:
-            if sequence.adapter is None:
+            if sequence.digest is None or sequence.slot is not None:
                 continue
-            assert sequence.digest is not None
-            if self._slots.find(sequence.digest) is None:
-                ahead.append(sequence)
-            else:
+            resident = self._slots.find(sequence.digest) is not None
+            if resident:
                 self.drop_host_copy(sequence)  # it relies on the slot
-        if not ahead or self._slots.settle():
-            return
-        self._tell()
+            elif sequence.adapter is not None:
+                ahead.append(sequence)
+            elif sequence.awaited >= 0:
+                unsure = True  # preempted in this very step, and perhaps at its end with the token that is under way
+            else:
+                lost.append(sequence)
+        for sequence in lost:
+            self._waiting.remove(sequence)
+        copies = self._slots.settle() if ahead else 0
+        if not copies and not unsure and not self._prefetch(ahead) and not lost:
+            self._seen = changes
+        return tuple(lost)
+
+    def _prefetch(self, ahead: list[Sequence]) -> bool:
+        """Copy the adapter of the first that can be to a slot that is empty or holds what nobody in the queue asks for.
+
+        One at a time, and only while no other copy is under way: those for sequences that are admitted go first. Nobody
+        refers to the slot; whoever is before its sequence in the order may still take it.
+        """
+        if ahead:
+            self._tell()
         for sequence in sorted(ahead, key=self._waiting.order):
             packed = sequence.adapter
             assert packed is not None
@@ -119,8 +139,9 @@ class SlotAssignment:
             if self._bring(packed, spare=True):
                 sequence.adapter = None
                 self.prefetches += 1
-                return
+                return True
             self._scarce_rank = packed.rank
+        return False
 
     def to_slot(self, packed: PackedAdapter, *, spare: bool = True) -> bool:
         """Between steps: bring an adapter from host memory into a slot that nobody uses, one that somebody in the queue
@@ -141,17 +162,6 @@ class SlotAssignment:
         self._slots.release(slot)
         return True
 
-    def lost(self) -> Iterator[Sequence]:
-        """Take from the queue those whose adapter is neither in host memory nor in a slot any more."""
-        for sequence in self._waiting:
-            if sequence.awaited >= 0:
-                continue  # preempted in this very step, and perhaps at its end with the token that is under way
-            if sequence.adapter is not None or sequence.slot is not None or sequence.digest is None:
-                continue
-            if self._slots.find(sequence.digest) is None:
-                self._waiting.remove(sequence)
-                yield sequence
-
     def _tell(self) -> None:
         if not self._told:
             self._slots.want(sequence.digest for sequence in self._waiting.ordered() if sequence.digest is not None)
@@ -162,15 +172,19 @@ class SlotAssignment:
         slot = None if digest is None else self._slots.find(digest)
         return slot is not None and slot.class_rank >= rank and not slot.pinned
 
-    def _soonest_free(self, rank: int, passed: Iterable[Sequence]) -> str | None:
+    def _note(self, sequence: Sequence) -> None:
+        """Those behind the sequence may not join what it drains."""
+        if sequence.draining is not None:
+            self._drained.add(sequence.draining)
+
+    def _soonest_free(self, rank: int) -> str | None:
         """The adapter whose last user has the fewest tokens to go, in a slot that fits; not one drained already."""
-        taken = {earlier.draining for earlier in passed}
         to_go: dict[str, int] = {}
         for sequence in (*self._running, *self._waiting):
             slot = sequence.slot
             if slot is None or slot.pinned or slot.class_rank < rank:
                 continue
-            if slot.digest is not None and slot.digest not in taken:
+            if slot.digest is not None and slot.digest not in self._drained:
                 left = sequence.max_tokens - len(sequence.tokens)
                 to_go[slot.digest] = max(to_go.get(slot.digest, 0), left)
         return min(to_go, key=to_go.__getitem__, default=None)

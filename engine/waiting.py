@@ -27,6 +27,8 @@ class WaitingQueue:
         self._max_overtakes = max_overtakes
         self._tenants: dict[str, list[Sequence]] = {}
         self._size = 0
+        #: Grows with every sequence that comes or goes.
+        self.changes = 0
 
     def __len__(self) -> int:
         return self._size
@@ -48,12 +50,14 @@ class WaitingQueue:
             line = self._tenants[sequence.tenant] = []
         insort(line, sequence, key=_in_line)
         self._size += 1
+        self.changes += 1
 
     def remove(self, sequence: Sequence) -> None:
         """Take it out."""
         line = self._tenants[sequence.tenant]
         line.remove(sequence)
         self._size -= 1
+        self.changes += 1
         if not line:
             del self._tenants[sequence.tenant]
             self._counters.leave(sequence.tenant)

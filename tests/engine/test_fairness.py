@@ -149,7 +149,7 @@ def test_every_token_is_counted_once_whatever_is_preempted(pages: int) -> None:
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (3.0, 1.0)])
 def test_backlogged_tenants_get_equal_service_by_their_shares(shares: tuple[float, float]) -> None:
-    """Twice the larger of a prompt and what a full batch may generate: the bound of the paper (Theorem 4.4), whatever
+    """Twice the larger of a prompt and what a full batch may generate: the bound of the paper, whatever
     the tenants ask for."""
     rows, prompt, new = 4, 24, 20
     line = Line(rows=rows, tokens=64, overtakes=10**6, pages=400)
@@ -233,6 +233,7 @@ def test_law_7_tenants_that_keep_coming_do_not_keep_out_one_that_had_much() -> N
 
     def run(overtakes: int) -> int:
         line = Line(rows=2, overtakes=overtakes)
+
         def others() -> Iterator[None]:
             while True:
                 while len(line.scheduler.waiting) < 6:
