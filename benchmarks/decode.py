@@ -60,11 +60,11 @@ async def run(arguments: argparse.Namespace, folder: Path) -> Report:
         folder, arguments.shape, arguments.adapters, arguments.rank, max_model_len=longest + 16, **settings
     ) as made:
         if not arrivals:
-            batches = DecodeBatches(arguments.dist, arguments.batch, arguments.rank, arguments.prompt, arguments.tokens)
+            batches = DecodeBatches(arguments.dist, arguments.batch, arguments.prompt, arguments.tokens)
             rows += await batches.measure(made, device)
             if arguments.trace:
                 await batches.trace(made)
-        measured = DecodeArrivals(arguments.rows, arguments.rank, arguments.prompt)
+        measured = DecodeArrivals(arguments.rows, arguments.prompt)
         if arguments.arrivals:
             rows.append(await measured.short(made, arguments.arrivals))
         if arguments.long_prompt:
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
     parser.add_argument("--batch", type=_numbers, default="1,8,32,64,128", help="batch sizes, comma separated")
     parser.add_argument("--adapters", type=int, default=64, help="adapters to make; a larger batch shares them")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=_numbers, default="16", help="ranks that the adapters have in turns")
     parser.add_argument(
         "--dist", type=_distributions, default="distinct,base", help=f"of {', '.join(DISTRIBUTIONS)}, comma separated"
     )
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--graph-prefill", type=_numbers, help="the engine's graph_prefill_tokens, comma separated")
     parser.add_argument("--mixed-tokens", type=int, help="the engine's max_mixed_tokens (default: its own)")
     parser.add_argument(
-        "--trace", action="store_true", help="on a GPU, also print its idle time and kernels at the largest batch"
+        "--trace", action="store_true", help="on a GPU, also print what lies between steps, and the kernels of one"
     )
     parser.add_argument(
         "--arrivals", type=int, nargs="?", const=32, metavar="COUNT", help="short prompts that arrive (default 32)"

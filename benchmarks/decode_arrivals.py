@@ -22,10 +22,9 @@ RUNNING_TOKENS = 4096  # more than a running row makes before it is told to stop
 @dataclass(frozen=True, slots=True)
 class DecodeArrivals:
     """rows: how many decode, each on an adapter of its own as far as there are any. prompt: tokens of their prompts
-    and of the short arrivals'. rank: of all adapters; they are in their slots."""
+    and of the short arrivals'. All adapters are in their slots."""
 
     rows: int
-    rank: int
     prompt: int
 
     async def short(self, made: RandomEngine, arrivals: int, every: int = 8, tokens: int = 8) -> Row:
@@ -79,7 +78,7 @@ class DecodeArrivals:
         return {
             "mode": mode,
             "running": self.rows,
-            "rank": self.rank,
+            "rank": made.mean_rank,
             "adapters": len(made.adapters),
             "prompt": prompt,
             "arrivals": len(lines),

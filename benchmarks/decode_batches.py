@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.distributions import choose_adapters
-from benchmarks.gpu_trace import GpuTrace
+from benchmarks.gpu_trace import KernelTimes, ReplayGaps
 from benchmarks.percentile import percentile
 from benchmarks.random_engine import RandomEngine
 from benchmarks.report import Row
@@ -21,6 +21,7 @@ from engine.lora_targets import adapter_layout
 from engine.spec import ModelSpec
 
 _TRACED = 24  # steps
+_KERNELS = 20  # printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,6 @@ class DecodeBatches:
 
     distributions: Sequence[str]
     batches: Sequence[int]
-    rank: int
     prompt: int
     tokens: int
 
@@ -37,7 +37,7 @@ class DecodeBatches:
         """One row for each; those with adapters say what they cost over the base row, where that was measured."""
         element = 2 if device.type == "cuda" else 4
         bandwidth = copy_bandwidth(device)
-        adapter_bytes = self.rank * adapter_layout(made.spec).units * element
+        unit_bytes = adapter_layout(made.spec).units * element
         rng = random.Random(0)
         rows: list[Row] = []
         for distribution in self.distributions:
@@ -46,25 +46,31 @@ class DecodeBatches:
                 chosen = [None if number < 0 else made.adapters[number] for number in numbers]
                 await made.batch(chosen, self.prompt, 8)
                 lines = await made.batch(chosen, self.prompt, self.tokens)
-                used = len({name for name in chosen if name is not None})
-                floor = (weight_bytes(made.spec, element) + used * adapter_bytes) / bandwidth * 1e3
-                row = {"mode": distribution, "batch": batch, "rank": self.rank, "adapters": used} | summarize(lines)
+                used = {name for name in chosen if name is not None}
+                ranks = sum(made.ranks[name] for name in used)
+                floor = (weight_bytes(made.spec, element) + ranks * unit_bytes) / bandwidth * 1e3
+                rank = made.mean_rank
+                row = {"mode": distribution, "batch": batch, "rank": rank, "adapters": len(used)} | summarize(lines)
                 rows.append(row | {"floor_ms": floor, "start_s": made.start_s, "copy_tb_s": bandwidth / 1e12})
                 print(rows[-1], flush=True)
         return with_added_cost(rows)
 
     async def trace(self, made: RandomEngine) -> None:
-        """Trace the GPU while rows of the largest batch decode, for each distribution, and print what it did."""
-        with GpuTrace():  # the first one takes its time to begin
+        """Print what the GPU does while rows of the largest batch decode, for each distribution."""
+        with KernelTimes():  # the first one takes its time to begin
             pass
         for distribution in self.distributions:
             numbers = choose_adapters(distribution, max(self.batches), len(made.adapters), random.Random(0))
             chosen = [None if number < 0 else made.adapters[number] for number in numbers]
             requests = [made.request(name, self.prompt, self.tokens) for name in chosen]
             async with RunningRows(made.engine, requests, 4) as running:
-                with GpuTrace() as trace:
+                with ReplayGaps() as gaps:
                     await running.steps(_TRACED)
-            print(f"{distribution}, batch {len(chosen)}: {trace.steps().table()}", flush=True)
+                with KernelTimes() as times:
+                    await running.steps(_TRACED)
+            print(f"{distribution}, batch {len(chosen)}: {gaps.share():.2%} between steps; kernels, us a step:")
+            for name, us in list(times.a_step().items())[:_KERNELS]:
+                print(f"{us:10.1f}  {name[:100]}", flush=True)
 
 
 def summarize(lines: Sequence[Timeline]) -> Row:

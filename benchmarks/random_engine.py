@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import statistics
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from adapter_store.settings import StoreSettings
 from benchmarks.synthetic import write_model_config, write_random_adapter
@@ -24,14 +28,24 @@ from engine.spec import ModelSpec
 
 @dataclass(slots=True)
 class RandomEngine:
-    """A started engine, its shape, the names of its adapters (all fit their slots), and how long its start took."""
+    """A started engine, its shape, its adapters (name -> rank; all fit their slots), and how long its start took."""
 
     engine: Engine
     spec: ModelSpec
-    adapters: list[str]
+    ranks: dict[str, int]
     start_s: float
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters' names."""
+        return list(self.ranks)
+
+    @property
+    def mean_rank(self) -> float:
+        """Over the adapters."""
+        return statistics.mean(self.ranks.values())
 
     def request(self, adapter: str | None, prompt: int, tokens: int) -> GenerationRequest:
         """A greedy request over a random prompt of its own, so that no cache of prompts helps it."""
@@ -47,27 +61,29 @@ class RandomEngine:
 
 @asynccontextmanager
 async def random_engine(
-    folder: Path, shape: str, adapters: int, rank: int, *, max_model_len: int, **settings: Any
+    folder: Path, shape: str, adapters: int, ranks: Sequence[int], *, max_model_len: int, **settings: Any
 ) -> AsyncIterator[RandomEngine]:
-    """An engine over ``adapters`` adapters of one rank, written under ``folder``; each has a slot and is in it.
+    """An engine over ``adapters`` adapters of these ranks in turns, written under ``folder``; each is in its slot.
 
     settings: further fields of ``EngineSettings``. A context longer than the shape's own is given to it.
     """
     model = write_model_config(folder / "model", shape, max_model_len)
     spec = ModelSpec.from_dir(model)
     layout = adapter_layout(spec)
-    names = [f"adapter-{number:03d}" for number in range(adapters)]
-    for number, name in enumerate(names):
+    chosen = {f"adapter-{number:03d}": ranks[number % len(ranks)] for number in range(adapters)}
+    for number, (name, rank) in enumerate(chosen.items()):
         write_random_adapter(folder / "adapters" / name, layout, rank, number)
+    element = 2 if torch.cuda.is_available() else 4  # bytes
+    slab_bytes = sum(element * layout.slab_elements(rank) + 64 for rank in chosen.values())
     engine = Engine(
         EngineSettings(
             model=str(model),
             max_model_len=max_model_len,
-            slots=((rank, adapters),),
+            slots=tuple(Counter(chosen.values()).items()),
             store=StoreSettings(
                 root=folder,
                 folders=("adapters",),
-                host_cache_bytes=(adapters + 1) * (4 * layout.slab_elements(rank) + 64),  # every one, in any dtype
+                host_cache_bytes=slab_bytes * 17 // 16,  # every one, and room where they do not fill it
             ),
             load_random_weights=True,
             seed=0,
@@ -77,8 +93,8 @@ async def random_engine(
     started = time.perf_counter()
     await engine.start()
     try:
-        made = RandomEngine(engine, spec, names, time.perf_counter() - started)
-        await made.batch(names, 16, 4)
+        made = RandomEngine(engine, spec, chosen, time.perf_counter() - started)
+        await made.batch(made.adapters, 16, 4)
         yield made
     finally:
         await engine.close()

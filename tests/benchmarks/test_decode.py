@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import decode, plot
 from benchmarks.decode_batches import summarize, with_added_cost
+from benchmarks.gpu_trace import kernel_times
 from benchmarks.percentile import percentile
 from benchmarks.plot_decode import DecodeResults
 from benchmarks.timeline import Timeline
@@ -144,3 +145,15 @@ def test_a_rival_in_another_form_is_refused(tmp_path: Path) -> None:
         plot.draw(result, [file])
     with pytest.raises(ValueError, match="beside a result of benchmarks"):
         plot.draw(result | {"benchmark": "kernels"}, [file])
+
+
+def test_kernel_times_are_those_of_whole_steps() -> None:
+    def launch(correlation: int, kernels: int, us: float) -> list[dict[str, object]]:
+        names = ("a", *["b"] * (kernels - 1))
+        return [{"cat": "kernel", "name": name, "dur": us, "args": {"correlation": correlation}} for name in names]
+
+    small = launch(9, 3, 1000.0)
+    events = [*launch(4, 40, 2.0), *launch(1, 40, 99.0), *small, *launch(3, 40, 1.0), *launch(12, 40, 99.0)]
+    assert kernel_times([{"cat": "cpu_op"}, *events]) == {"b": 39 * 1.5, "a": 1.5}
+    with pytest.raises(ValueError, match="trace for longer"):
+        kernel_times(launch(1, 40, 1.0) + launch(2, 40, 1.0))
