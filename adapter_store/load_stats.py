@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
-from adapter_store.host_cache import HostCacheStats
+from adapter_store.host_cache import HostCacheStats, HostMemoryFull
 
 #: Upper bounds of ``LoadTotals.by_seconds``; its last count is of what took longer.
 SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -92,15 +92,20 @@ class LoadMeter:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measured]:
-        """Count the block: as failed when it raises, otherwise as done with the ``bytes`` that it noted."""
+        """Count the block: as failed when it raises, otherwise as done with the ``bytes`` that it noted; not at all
+        when it has to wait for host memory, since it is begun again."""
         started, work, done = time.monotonic(), Measured(), False
         try:
             yield work
             done = True
+        except HostMemoryFull:
+            started = None
+            raise
         finally:
-            seconds = time.monotonic() - started
-            with self._lock:
-                self._totals += LoadTotals.once(seconds, work.bytes, done=done)
+            if started is not None:
+                seconds = time.monotonic() - started
+                with self._lock:
+                    self._totals += LoadTotals.once(seconds, work.bytes, done=done)
 
 
 @dataclass(slots=True)

@@ -274,7 +274,9 @@ def test_what_was_released_last_goes_last_and_what_is_wanted_after_it() -> None:
         assert slot is not None
         pool.load(slot, PackedAdapter(name, name, 4, torch.zeros(LAYOUT.slab_elements(4))))
     for name in "bac":
-        pool.release(slots[name])
+        slot = slots[name]
+        assert slot is not None
+        pool.release(slot)
     pool.want("cbx")
     for number, gone in enumerate("abc"):
         assert pool.find(gone) is not None
@@ -365,6 +367,7 @@ class TestOrderOnCuda:
             pool.step_done()
         pool.release(slot)
         reused = pool.acquire(new.digest, 16)
+        assert reused is not None
         assert reused is slot
         pool.load(reused, new)
         assert not pool.ready(reused)  # it cannot be: the step is still to come
@@ -391,6 +394,24 @@ class TestOrderOnCuda:
         torch.cuda.synchronize()
         assert (pool.arena[:count] == 2).all()
         assert len(others) == 3
+
+    def test_host_memory_is_let_go_when_the_copy_has_read_it(self) -> None:
+        pool, slot, old = self.start()
+        let_go: list[str] = []
+        pool.load(slot, old, lambda: let_go.append("old"))
+        torch.cuda.synchronize()
+        assert (pool.settle(), let_go) == (0, ["old"])
+        with torch.cuda.stream(torch.cuda.Stream()):
+            slow_kernel()
+            pool.step_done()
+        pool.release(slot)
+        new = adapter(1, 16, LARGE, pin=True)
+        reused = pool.acquire(new.digest, 16)
+        assert reused is not None
+        pool.load(reused, new, lambda: let_go.append("new"))
+        assert (pool.settle(), let_go) == (1, ["old"])  # the copy waits for the step, nobody waits for the copy
+        torch.cuda.synchronize()
+        assert (pool.settle(), let_go) == (0, ["old", "new"])
 
     def test_a_load_waits_for_nobody_else(self) -> None:
         pool, slot, packed = self.start()

@@ -99,6 +99,7 @@ def test_an_adapter_waits_for_host_memory_in_use(tmp_path: Path) -> None:
     room = store.host_cache.reserve(caught.value.nbytes)
     store.host_cache.waited_only = True
     assert store.load("b", None, room).rank == 8
+    assert (store.stats().pack.done, store.stats().pack.failed) == (2, 0), "to wait is not to fail"
 
 
 def test_a_name_published_again_is_new_content(tmp_path: Path) -> None:

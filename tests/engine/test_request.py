@@ -63,7 +63,9 @@ def test_the_largest_and_smallest_values_are_taken(values: dict[str, Any]) -> No
         ((9, 2, 10), "max_completion_tokens", "context_length_exceeded"),
     ],
 )
-def test_a_length_that_does_not_fit_names_what_the_client_sent(lengths: Any, param: str, code: str | None) -> None:
+def test_a_length_that_does_not_fit_names_what_the_client_sent(
+    lengths: tuple[int, int | None, int], param: str, code: str | None
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_length(*lengths, "messages", "max_completion_tokens")
     again = pickle.loads(pickle.dumps(caught.value))
