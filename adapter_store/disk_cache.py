@@ -124,6 +124,11 @@ class DiskCache:
         draft.write_text(digest, "ascii")
         draft.replace(states / state)
 
+    def forget_digest(self, state: str) -> None:
+        """Drop what is remembered of a ``state``."""
+        with contextlib.suppress(OSError):
+            (self._root / "states" / state).unlink()
+
     def _lock_path(self, key: str) -> Path:
         return self._root / "locks" / key
 

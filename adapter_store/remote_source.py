@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -143,18 +144,26 @@ class RemoteSource:
             return self._remember(ref, replace(known, until=time.monotonic() + self._settings.negative_ttl_s))
         except AdapterError as error:
             self._failures.add(ref, error)
-            with self._lock:
-                self._answers.pop(ref, None)  # closed is closed, whatever the server's next mood
+            self._close(ref, known)
             raise
-        until = time.monotonic() + self._settings.limits(ref).refresh_s
-        return self._remember(ref, _Answer(until, self._client.pin(listing, digest), digest))
+        pinned = self._client.pin(listing, digest)
+        if ref == pinned and self._disk.known_digest(state_key(str(ref))) != digest:
+            with contextlib.suppress(OSError):  # only a later run that finds the server down would miss it
+                self._disk.remember_digest(state_key(str(ref)), digest)
+        return self._remember(ref, _Answer(time.monotonic() + self._settings.limits(ref).refresh_s, pinned, digest))
 
     def _known_before(self, ref: AdapterRef) -> _Answer | None:
         """What an earlier run left of a pinned reference on this machine."""
-        if not ref.pinned:
-            return None
-        digest = ref.digest or self._disk.known_digest(state_key(str(ref)))
+        digest = self._disk.known_digest(state_key(str(ref))) if ref.pinned else None
         return None if digest is None or not self._disk.holds(digest) else _Answer(0.0, ref, digest)
+
+    def _close(self, ref: AdapterRef, known: _Answer | None) -> None:
+        """Forget what could be served of the reference: an outage must not open it again."""
+        with self._lock:
+            self._answers.pop(ref, None)
+        for gone in {ref} if known is None else {ref, known.pinned}:
+            if gone.pinned:
+                self._disk.forget_digest(state_key(str(gone)))
 
     def _digest(self, name: str, ref: AdapterRef, listing: Listing) -> str:
         """Which content a listing is of."""

@@ -41,13 +41,14 @@ class Fetcher:
 
 
 def _fetch(endpoint: str, root: Path, refs: Sequence[str], budget: int, answer: Connection) -> None:
-    store = hub_source(endpoint, root, cache_bytes=budget)
+    store = hub_source(endpoint, root, cache_bytes=budget, hub_timeout_s=90, hub_retries=0)
     answer.send([store.fetch(store.resolve(ref, AdapterRef.parse(ref))).digest() for ref in refs])
 
 
 def hub_source(endpoint: str, root: Path, **changes: object) -> RemoteSource:
-    """The Hub at ``endpoint``, tried once, with a disk cache in ``root``."""
-    settings = StoreSettings(root=root, hub_endpoint=endpoint, hub_retries=0, **changes)  # type: ignore[arg-type]
+    """The Hub at ``endpoint``, impatiently, with a disk cache in ``root``."""
+    values = {"hub_timeout_s": 2.0, "hub_retries": 2, "hub_refresh_s": 60.0, "negative_ttl_s": 0.2} | changes
+    settings = StoreSettings(root=root, hub_endpoint=endpoint, **values)  # type: ignore[arg-type]
     return RemoteSource(settings, HubClient(settings), DiskCache(root / "cache", settings.cache_bytes))
 
 

@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+TOKEN = "hf_a_secret_that_must_not_leak"
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<rev>.+))?")
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
 _BLOB = re.compile(r"/cdn/(?P<sha>[0-9a-f]{64})")
@@ -64,7 +65,7 @@ class Seen:
 class HubServer:
     """The server. Methods may be called from any thread."""
 
-    def __init__(self, token: str = "hf_test_token", list_hashes: bool = True) -> None:
+    def __init__(self, token: str = TOKEN, list_hashes: bool = True) -> None:
         """token: what opens private and gated repositories. list_hashes: whether listings carry LFS hashes."""
         self.token = token
         self.list_hashes = list_hashes

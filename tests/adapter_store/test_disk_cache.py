@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,15 +26,8 @@ SIZE = sum(map(len, FILES.values()))
 KEY = "0" * 64
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with HubServer() as server:
-        yield server
-
-
 def source(hub: HubServer, root: Path, **changes: object) -> RemoteSource:
-    return hub_source(hub.endpoint, root, **changes)
+    return hub_source(hub.endpoint, root, hub_timeout_s=90, hub_retries=0, **changes)
 
 
 def fill(cache: DiskCache, number: int, size: int = SIZE) -> str:
@@ -203,6 +197,27 @@ def test_threads_and_processes_exclude_each_other(tmp_path: Path) -> None:
     assert max(most) == 1 and len(most) == 120
     assert not path.exists()  # locks do not pile up
     with file_lock(path, 0), pytest.raises(TimeoutError), file_lock(path, 0.05):
+        pass
+
+
+def test_a_lock_file_that_was_let_go_of_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened the file before its holder removed it must not think that it has the lock."""
+    real, opened = fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if not opened:  # between our opening the file and locking it, its holder lets go and another takes it
+            opened.append(descriptor)
+            (tmp_path / "lock").unlink()
+            other = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+            opened.append(other)
+            real(other, fcntl.LOCK_EX)
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(TimeoutError), file_lock(tmp_path / "lock", 0.05):
+        pass
+    os.close(opened[1])
+    with file_lock(tmp_path / "lock", 1):
         pass
 
 

@@ -293,6 +293,23 @@ def test_access_that_was_taken_away_is_noticed_although_the_content_is_here(buck
         for asked in (ref, resolved.ref):
             with pytest.raises(AdapterNotFound):
                 one.resolve("shout", asked)
+    bucket.proxy.open_to = None
+    bucket.proxy.fail(*[Fault("HEAD", status=503)] * 99)
+    time.sleep(0.25)
+    for one in (store, again, bucket.source(tmp_path, retries=0)):  # and an outage does not open it again
+        for asked in (ref, resolved.ref):
+            with pytest.raises(AdapterUnavailable):
+                one.resolve("shout", asked)
+
+
+def test_a_pinned_adapter_on_this_machine_is_served_while_the_store_is_down(bucket: Bucket, tmp_path: Path) -> None:
+    ref = bucket.publish("shout")
+    store = bucket.source(tmp_path)
+    pinned = store.resolve("shout", store.resolve("shout", ref).ref)
+    bucket.proxy.fail(*[Fault("HEAD", status=503)] * 99)
+    assert bucket.source(tmp_path).resolve("shout", pinned.ref) == pinned
+    with pytest.raises(AdapterUnavailable):
+        bucket.source(tmp_path, retries=0).resolve("shout", ref)  # what the prefix means now, nobody knows
 
 
 def test_credentials_are_in_no_message_no_log_and_no_repr(
