@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from engine.scheduler import StepPlan
 
 _LADDER = (128, 256, 384, 512, 768)  # then doubled from 512 and 768: padded by a third of the tokens at most
-_PROMPTS = 8  # chunks that every captured step with prompts has room for
+_PROMPTS = 8  # chunks that every captured step with prompts has room for; more where they have 16 tokens each
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def step_shapes(max_rows: int, prefill_tokens: Sequence[int], max_mixed_tokens: 
         many = smaller >= max_mixed_tokens
         most = max_rows * max_mixed_tokens // (max_mixed_tokens + smaller) if many else max_rows
         last = beside[bisect_left(beside, most)]
-        chunks = min(max(_PROMPTS, tokens // 32), max_rows)
+        chunks = min(max(_PROMPTS, tokens // 16), max_rows)
         shapes += [StepShape(rows, chunks, tokens) for rows in beside if rows <= last]
         smaller = tokens
     return sorted(shapes, key=lambda shape: shape.tokens, reverse=True)
