@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-from adapter_store.errors import AdapterError, AdapterUnavailable
+from adapter_store.errors import AdapterChanged, AdapterError, AdapterUnavailable
 from adapter_store.fair_threads import FairThreads
 from adapter_store.host_cache import HostMemoryFull, Room
 from adapter_store.packed import PackedAdapter
@@ -220,7 +220,12 @@ class AdapterLoads:
             for done in load.fetches:
                 done(as_adapter_error(key[0], outcome))
             for sequence in load.sequences:
-                self._failed(sequence, as_adapter_error(key[0], outcome))
+                if isinstance(outcome, AdapterChanged) and _may_be_resolved_again(sequence):
+                    sequence.digest = None
+                    sequence.page_keys.clear()
+                    self.start(sequence)
+                else:
+                    self._failed(sequence, as_adapter_error(key[0], outcome))
             return
         for done in load.fetches:
             done(self._host.share(outcome))
@@ -228,6 +233,11 @@ class AdapterLoads:
             sequence.adapter, sequence.digest = self._host.share(outcome), outcome.digest
             self._loaded(sequence)
         self._host.release(outcome)
+
+
+def _may_be_resolved_again(sequence: Sequence) -> bool:
+    """Whether nobody has been promised the content that its adapter's name meant when it came."""
+    return sequence.request.adapter_digest is None and sequence.digest is not None and not sequence.preempted
 
 
 def as_adapter_error(name: str, error: Exception) -> Exception:

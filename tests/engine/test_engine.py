@@ -539,6 +539,38 @@ async def test_a_republished_adapter_never_serves_the_old_content(
     assert_same(pinned, expected(model, [5, 6], adapter, 8))
 
 
+async def test_a_name_that_means_something_else_by_the_time_its_request_can_run_is_looked_up_again(
+    model: TinyModel, adapter: TinyAdapter, tmp_path: Path
+) -> None:
+    """It waits for a row; its adapter leaves slot and host memory, and is published again."""
+    other = model.adapter("other", 8, seed=6)
+    folder = tmp_path / "tenant"
+    shutil.copytree(adapter.path, folder)
+    tenant = TinyAdapter(folder, 8)
+    async with running(settings_for(model, [tenant], max_rows=1)) as engine:
+        long = engine.generate(ask("long", [5], new=240))
+        await anext(long)
+        waiting = asyncio.create_task(answer(engine, ask("waiting", [5, 6], tenant, logprobs=0)))
+        await until(lambda: engine.stats().prefetches == 1)
+        (digest,) = engine.stats().resident
+        for file in other.path.iterdir():
+            shutil.copy(file, folder / file.name)
+        store, slots = engine.parts.store, engine.parts.slots
+        assert store is not None
+        assert slots is not None
+        store.host_cache.clear()
+
+        def evict() -> None:
+            assert slots.remove(digest)
+
+        engine._started()._post(evict)  # on the engine's own thread
+        await until(lambda: digest not in engine.stats().resident)
+        await until(lambda: len(engine.stats().resident) == 1)
+        await long.aclose()
+        assert_same(await waiting, expected(model, [5, 6], other, 8))
+        assert engine.stats().healthy
+
+
 async def test_news_of_what_is_resident(model: TinyModel, adapter: TinyAdapter) -> None:
     other = model.adapter("other", 8, seed=6)
     news: list[Residency] = []
