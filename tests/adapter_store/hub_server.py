@@ -146,6 +146,22 @@ class HubServer:
         return None
 
 
+class SilentHub(HubServer):
+    """Says nothing about repositories called ``silent...`` until it is released. asked: once for each such request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+        self.asked = threading.Semaphore(0)
+
+    def take_fault(self, seen: Seen) -> Fault | None:
+        fault = super().take_fault(seen)
+        if "/silent" in seen.path:
+            self.asked.release()
+            self.released.wait(60)
+        return fault
+
+
 def is_lfs(file: str) -> bool:
     return file.endswith((".safetensors", ".bin"))
 

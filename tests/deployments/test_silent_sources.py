@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,9 @@ from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
 from adapter_store.settings import StoreSettings
 from deployments.directory import AdapterDirectory
-from tests.adapter_store.hub_server import HubServer, Seen
+from tests.adapter_store.hub_server import SilentHub
 
 FILES = {CONFIG_FILE: b'{"peft_type": "LORA"}', WEIGHTS_FILE: b"weights"}
-
-
-class SilentHub(HubServer):
-    """Says nothing about repositories called ``silent...`` until it is released."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.released = threading.Event()
-        self.asked = threading.Semaphore(0)
-
-    def take_fault(self, seen: Seen):
-        fault = super().take_fault(seen)
-        if "/silent" in seen.path:
-            self.asked.release()
-            self.released.wait(60)
-        return fault
 
 
 async def test_others_are_looked_up_and_what_is_known_is_served(
