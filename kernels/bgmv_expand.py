@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import gdc_launch_dependents, gdc_wait, jit, launchable, overlap, tl, triton, use_triton
+from kernels.bgmv_expand_kernels import expand_kernel, expand_slices_kernel
+from kernels.dispatch import launchable, overlap, triton, use_triton
 from kernels.lora_checks import (
     FLOATS,
     HALVES,
@@ -27,7 +28,6 @@ from kernels.lora_checks import (
     check_weights,
 )
 from kernels.lora_group import LoraGroup
-from kernels.lora_tiles import has_slot, locate_tile, next_slot, wait_in_one_program
 from kernels.op_configs import EXPAND_KEYS, EXPAND_SLICES_KEYS, POWERS, get_lora_op_configs, packed, unpacked
 
 __all__ = ["bgmv_expand", "bgmv_expand_slices", "get_lora_op_configs"]
@@ -127,160 +127,6 @@ def bgmv_expand_slices(
     )
 
 
-# --- kernels
-
-
-@jit
-def _expand_slot(
-    input_ptr, lora_ptr, out_ptr, lora_indices_ptr, slot, row, batch, count, K,
-    xm_stride, xk_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr,
-    CAST_TYPE: tl.constexpr, VECTORS: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """``count`` rows of B of ``slot`` for each of the ROWS rows that has it; none for -1."""
-    if slot >= 0:
-        n = tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        place = lora_ptr + n[:, None].to(tl.int64) * lora_k_stride + k * lora_n_stride
-        weight = _load_rows(place, n < count, k < K, EVEN_K)
-        if WAIT == "late":
-            gdc_wait()
-        mine = ()
-        xs = ()
-        for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
-            mine += (has_slot(lora_indices_ptr, row, other, batch, slot, ROWS),)
-            x = tl.load(input_ptr + other * xm_stride + k * xk_stride, mask=(k < K) & mine[other], other=0.0)
-            if not CAST_TYPE:  # the product of two 16-bit floats is exact in fp32
-                x = x.to(tl.float32)
-            xs += (x,)
-        for done in range(0, count, BLOCK_N):
-            target = out_ptr + (done + n).to(tl.int64) * cn_stride
-            inside = n < count - done
-            values = ()
-            for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
-                if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
-                    old = tl.load(target + other * cm_stride, mask=inside & mine[other], other=0.0).to(tl.float32)
-                else:
-                    old = tl.zeros((BLOCK_N,), dtype=tl.float32)
-                values += (old,)
-            wide = weight.to(tl.float32)
-            place += BLOCK_N * lora_k_stride
-            weight = _load_rows(place, n < count - done - BLOCK_N, k < K, EVEN_K)
-            for other in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
-                products = wide * xs[other]
-                if not VECTORS:
-                    # Where a thread has one product, it would fuse that, unrounded, into the sum with its neighbours'
-                    # rounded ones, and two threads that hold one sum would differ in its last bit.
-                    products += 0.0
-                total = values[other] + tl.sum(products, 1)
-                tl.store(target + other * cm_stride, total.to(out_ptr.dtype.element_ty), mask=inside & mine[other])
-
-
-@jit(do_not_specialize=["batch"])
-def _bgmv_expand_kernel(
-    input_ptr, lora_ptr, out_ptr, batch, N, K, lora_indices,
-    xm_stride, xk_stride, l0_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_N: tl.constexpr,
-    EVEN_K: tl.constexpr, ADD_INPUTS: tl.constexpr, CAST_TYPE: tl.constexpr,
-    VECTORS: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """Grid (SPLIT_N, batch / ROWS). ``lora_k_stride`` steps along hidden and ``lora_n_stride`` along rank, as in LoRAX.
-
-    VECTORS: every row of every adapter starts at a multiple of 16 bytes.
-    """
-    if WAIT != "never":
-        gdc_launch_dependents()
-    if WAIT == "first":
-        gdc_wait()
-    row = tl.program_id(1).to(tl.int64) * ROWS
-    if VECTORS:  # written so that the compiler sees it
-        l0_stride = l0_stride // 8 * 8
-        lora_k_stride = lora_k_stride // 8 * 8
-    share = tl.cdiv(tl.cdiv(N, SPLIT_N), 16) * 16  # whole vectors, so that stores stay aligned
-    start = tl.program_id(0) * share
-    count = tl.minimum(N - start, share)  # negative where the shares before cover all of N
-    input_ptr += row * xm_stride
-    lora_ptr += start.to(tl.int64) * lora_k_stride
-    out_ptr += row * cm_stride + start.to(tl.int64) * cn_stride
-    if ROWS == 1:
-        slot = tl.load(lora_indices + row).to(tl.int64)
-        _expand_slot(
-            input_ptr, lora_ptr + slot * l0_stride, out_ptr, lora_indices, slot, row, batch, count, K,
-            xm_stride, xk_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
-            ROWS, BLOCK_N, BLOCK_K, EVEN_K, ADD_INPUTS, CAST_TYPE, VECTORS, WAIT,
-        )  # fmt: skip
-    else:
-        for turn in range(ROWS):
-            slot = next_slot(lora_indices, row, turn, batch, ROWS)
-            _expand_slot(
-                input_ptr, lora_ptr + slot * l0_stride, out_ptr, lora_indices, slot, row, batch, count, K,
-                xm_stride, xk_stride, lora_k_stride, lora_n_stride, cm_stride, cn_stride,
-                ROWS, BLOCK_N, BLOCK_K, EVEN_K, ADD_INPUTS, CAST_TYPE, VECTORS, WAIT,
-            )  # fmt: skip
-    wait_in_one_program(WAIT)
-
-
-@jit
-def _load_rows(place, rows, columns, EVEN_K: tl.constexpr):
-    """A tile of weights, zero where ``rows`` or, unless EVEN_K, ``columns`` is false."""
-    if EVEN_K:
-        return tl.load(place, mask=rows[:, None], other=0.0)
-    return tl.load(place, mask=rows[:, None] & columns, other=0.0)
-
-
-@jit
-def _sum_splits(ptr, mask, split_stride, SPLITS: tl.constexpr):
-    """The partial sums of the shrink, added in order."""
-    total = tl.load(ptr, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
-        total += tl.load(ptr + split * split_stride, mask=mask, other=0.0)
-    return total
-
-
-@jit(do_not_specialize=["b_unit"])  # it changes with the layer: compile once
-def _bgmv_expand_slices_kernel(
-    input_ptr, arena_ptr, slot_table_ptr, out_ptr, lora_indices_ptr,
-    b_unit, n0, n1, n2, n3, x_split_stride, x_slice_stride, x_row_stride, out_row_stride,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD_INPUTS: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of all slices, batch): a narrow slice has only its own tiles."""
-    if WAIT != "never":
-        gdc_launch_dependents()
-    if WAIT == "first":
-        gdc_wait()
-    row = tl.program_id(1).to(tl.int64)
-    slot = tl.load(lora_indices_ptr + row).to(tl.int64)
-    if slot < 0:
-        wait_in_one_program(WAIT)
-        return
-    offset = tl.load(slot_table_ptr + slot * 2)
-    # Multiples of 8 as they are (packed_rank), written so that the compiler sees it and loads whole vectors.
-    rank = tl.load(slot_table_ptr + slot * 2 + 1).to(tl.int32) // 8 * 8
-    index, before, first, rows = locate_tile(tl.program_id(0), n0, n1, n2, n3, BLOCK_N)
-    start = (offset + rank.to(tl.int64) * (before + first + b_unit)) // 8 * 8
-    n = tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    inside = n < rows
-    place = arena_ptr + start + n[:, None] * rank + k
-    weight = tl.load(place, mask=inside[:, None] & (k < rank), other=0.0)
-    if WAIT == "late":
-        gdc_wait()
-    target = out_ptr + row * out_row_stride + (before + first) + n
-    if ADD_INPUTS:  # before the products, so that the load is under way meanwhile
-        values = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    else:
-        values = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    x_ptr = input_ptr + index.to(tl.int64) * x_slice_stride + row * x_row_stride + k
-    values += tl.sum(weight.to(tl.float32) * _sum_splits(x_ptr, k < rank, x_split_stride, SPLITS), 1)
-    for step in range(BLOCK_K, rank, BLOCK_K):
-        left = step + k < rank
-        weight = tl.load(place + step, mask=inside[:, None] & left, other=0.0)
-        values += tl.sum(weight.to(tl.float32) * _sum_splits(x_ptr + step, left, x_split_stride, SPLITS), 1)
-    tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# --- torch.library registration
-
 torch.library.define(
     "lorafleet::bgmv_expand",
     "(Tensor inputs, Tensor lora_b_weights, Tensor(a!) output_tensor, Tensor lora_indices_tensor, "
@@ -377,7 +223,7 @@ def _expand(
     launch = {"ROWS": 1} | launch | unpacked(EXPAND_KEYS, config)
     block_k = triton.next_power_of_2(rank)
     with torch.cuda.device_of(inputs):
-        launchable(_bgmv_expand_kernel, inputs)[(launch["SPLIT_N"], triton.cdiv(batch, launch["ROWS"]))](
+        launchable(expand_kernel, inputs)[(launch["SPLIT_N"], triton.cdiv(batch, launch["ROWS"]))](
             inputs,
             weights,
             output_tensor,
@@ -427,7 +273,7 @@ def _expand_slices(
     tiles = sum(triton.cdiv(width, launch["BLOCK_N"]) for width in out_features)
     widths = [*out_features, 0, 0, 0][:4]
     with torch.cuda.device_of(inputs):
-        launchable(_bgmv_expand_slices_kernel, inputs)[(tiles, batch)](
+        launchable(expand_slices_kernel, inputs)[(tiles, batch)](
             inputs,
             arena,
             slot_table,
