@@ -76,8 +76,12 @@ class Report:
         """Print the table and, when a path is given, write the JSON there."""
         print(self.table(), flush=True)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            self.save(path)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON alone."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def _measured_arguments(arguments: Sequence[str]) -> list[str]:
