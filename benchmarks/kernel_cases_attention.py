@@ -80,11 +80,10 @@ class DecodeAttentionCase(KernelCase):
         cache, shape = _Cache(setting, self.heads, self.batch, self.context), self.heads
         q = setting.normal(self.batch, shape.heads, shape.head_dim)
         out, scale = torch.empty_like(q), shape.head_dim**-0.5
-        tickets = torch.zeros((self.batch, shape.kv_heads), dtype=torch.int32, device=q.device)
 
         def ours(step: int) -> None:
             table = cache.tables[step % cache.copies]
-            paged_decode(q, cache.keys, cache.values, table, cache.lengths, out, scale, tickets=tickets)
+            paged_decode(q, cache.keys, cache.values, table, cache.lengths, out, scale)
 
         def sdpa(step: int) -> Tensor:
             copy = step % cache.copies

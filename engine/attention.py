@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from engine.spec import ModelSpec
@@ -18,8 +17,6 @@ class AttentionStep:
         decode = inputs.num_decode_rows
         self.spec, self.cos_sin, self.inputs, self.kv = spec, cos_sin, inputs, kv
         self.scale = spec.head_dim**-0.5
-        # One layer after the other leaves them zero.
-        self.tickets = torch.zeros((decode, spec.num_kv_heads), dtype=torch.int32, device=inputs.token_ids.device)
         self.has_prefill = inputs.context_lens.shape[0] > decode
         self.decode_rows = (inputs.page_table[:decode], inputs.context_lens[:decode])
         self.prefill_rows = (inputs.page_table[decode:], inputs.query_starts[decode:], inputs.context_lens[decode:])
@@ -48,7 +45,6 @@ class AttentionStep:
         out = out.view(q.shape)
         window, decode = spec.sliding_windows[layer], inputs.num_decode_rows
         if decode:
-            rows = (*self.decode_rows, out[:decode])
-            paged_decode(q[:decode], keys, values, *rows, self.scale, window, tickets=self.tickets)
+            paged_decode(q[:decode], keys, values, *self.decode_rows, out[:decode], self.scale, window)
         if self.has_prefill:
             paged_prefill(q, keys, values, *self.prefill_rows, out, self.scale, inputs.max_query_len, window)

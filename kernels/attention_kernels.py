@@ -233,32 +233,6 @@ def _split_plan(context, most, min_blocks, WINDOW: tl.constexpr, BLOCK_N: tl.con
     return low, first_block, per_split, tl.cdiv(blocks, per_split)
 
 
-@jit
-def _join(
-    sums,
-    peaks,
-    masses,
-    out,  # of one head of one row
-    first,  # its first piece
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One head's result from its splits, BLOCK_S at most, always in one order."""
-    split = tl.arange(0, BLOCK_S)
-    dims = tl.arange(0, BLOCK_D)
-    used = split < splits
-    piece = first + split
-    peak = tl.load(peaks + piece, mask=used, other=float("-inf"))
-    mass = tl.load(masses + piece, mask=used, other=0.0)
-    stored = used[:, None] & (dims < HEAD_DIM)[None, :]
-    total = tl.load(sums + (piece * HEAD_DIM)[:, None] + dims[None, :], mask=stored, other=0.0)
-    weight = tl.exp2(peak - tl.max(peak, 0))
-    result = tl.sum(weight[:, None] * total, 0) / tl.sum(weight * mass, 0)
-    tl.store(out + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
-
-
 @jit(
     do_not_specialize=["table_row", "rows", "room", "most", "min_blocks"],
     do_not_specialize_on_alignment=["page_table", "context_lens"],
@@ -273,7 +247,6 @@ def decode_kernel(
     sums,
     peaks,
     masses,
-    tickets,
     q_token,
     q_head,
     cache_page,
@@ -295,15 +268,14 @@ def decode_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Grid (workers,), any number: the splits of all rows and kv heads lie behind each other and are dealt out.
 
     BLOCK_R: at least the rows. The tile is the group's query heads, padded to BLOCK_M. A row of one split has its
-    result written; of several, each leaves unnormalised sums (rows, heads, room, HEAD_DIM) with their peak and mass
-    (rows, heads, room), and the one that finishes last, by the ``tickets`` (rows, KV_HEADS), joins them in order.
+    result written; of several, unnormalised sums (rows, heads, room, HEAD_DIM) with their peak and mass (rows, heads,
+    room) for ``combine_kernel``.
     """
     index = tl.arange(0, BLOCK_R)
     lengths = tl.load(context_lens + index, mask=index < rows, other=0)
@@ -361,24 +333,43 @@ def decode_kernel(
             offsets = row * out_token + (head * out_head)[:, None] + dims[None, :]
             tl.store(out + offsets, result.to(out.dtype.element_ty), mask=live)
         else:
-            first = row * (KV_HEADS * GROUP) + kv_head * GROUP
-            place = (first + member) * room + split
+            place = (row * (KV_HEADS * GROUP) + head) * room + split
             tl.store(sums + (place * HEAD_DIM)[:, None] + dims[None, :], total, mask=live)
             tl.store(peaks + place, peak, mask=member < GROUP)
             tl.store(masses + place, whole, mask=member < GROUP)
-            tl.debug_barrier()  # all of the program's stores, then its ticket
-            ticket = tickets + row * KV_HEADS + kv_head
-            if tl.atomic_add(ticket, 1, sem="acq_rel") == splits - 1:
-                for other in range(GROUP):
-                    _join(
-                        sums,
-                        peaks,
-                        masses,
-                        out + row * out_token + (kv_head * GROUP + other) * out_head,
-                        (first + other) * room,
-                        splits,
-                        HEAD_DIM,
-                        BLOCK_S,
-                        BLOCK_D,
-                    )
-                tl.store(ticket, 0)
+
+
+@jit(do_not_specialize=["room", "most", "min_blocks"], do_not_specialize_on_alignment=["context_lens"])
+def combine_kernel(
+    sums,
+    peaks,
+    masses,
+    context_lens,
+    out,
+    out_token,
+    out_head,
+    room,
+    most,
+    min_blocks,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (heads, rows): joins the splits, BLOCK_S at most, of a head of a row that has several."""
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    _, _, _, splits = _split_plan(tl.load(context_lens + row), most, min_blocks, WINDOW, BLOCK_N)
+    if splits > 1:
+        split = tl.arange(0, BLOCK_S)
+        dims = tl.arange(0, BLOCK_D)
+        used = split < splits
+        piece = (row * tl.num_programs(0) + head) * room + split
+        peak = tl.load(peaks + piece, mask=used, other=float("-inf"))
+        mass = tl.load(masses + piece, mask=used, other=0.0)
+        stored = used[:, None] & (dims < HEAD_DIM)[None, :]
+        total = tl.load(sums + (piece * HEAD_DIM)[:, None] + dims[None, :], mask=stored, other=0.0)
+        weight = tl.exp2(peak - tl.max(peak, 0))
+        result = tl.sum(weight[:, None] * total, 0) / tl.sum(weight * mass, 0)
+        tl.store(out + row * out_token + head * out_head + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

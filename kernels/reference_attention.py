@@ -25,9 +25,8 @@ def paged_decode(
     scale: float,
     sliding_window: int = 0,
     num_splits: int | None = None,
-    tickets: Tensor | None = None,
 ) -> None:
-    """See ``kernels.attention.paged_decode``. ``num_splits`` and ``tickets`` only divide work: they are ignored."""
+    """See ``kernels.attention.paged_decode``. ``num_splits`` only divides work, so it is ignored here."""
     for row, context_len in enumerate(context_lens.tolist()):
         if context_len == 0:
             out[row].zero_()

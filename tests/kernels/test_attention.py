@@ -206,24 +206,6 @@ def test_decode_over_many_splits(module: ModuleType, device: torch.device, split
     check_decode(module, device, [700, 290, 40], Shape(2, 1, 32, window=300), splits)
 
 
-def test_tickets_serve_one_call_after_another(device: torch.device) -> None:
-    """Whoever finishes last joins the same pieces in the same order, so a hundred calls give the same bits."""
-    shape = Shape(4, 2, 64, dtype=BF16)
-    cache = Cache.make(device, [700, 0, 257, 3], shape)
-    q = packed_queries(device, 4, shape)
-    tickets = torch.zeros(5, 2, dtype=torch.int32, device=device)
-    places = (cache.keys, cache.values, cache.page_table, cache.context_lens)
-    first = torch.empty(q.shape, dtype=BF16, device=device)
-    attention.paged_decode(q, *places, first, 0.125)
-    for _ in range(100 if device.type == "cuda" else 2):
-        again = torch.full_like(first, torch.nan)
-        attention.paged_decode(q, *places, again, 0.125, tickets=tickets)
-        assert torch.equal(again, first)
-    assert not tickets.any()
-    with pytest.raises(ValueError, match="4 rows with 2 key heads need as many int32 zeros"):
-        attention.paged_decode(q, *places, first, 0.125, tickets=tickets[:3])
-
-
 def test_decode_of_256_dimensions(module: ModuleType, device: torch.device) -> None:
     check_decode(module, device, [40, 3], Shape(2, 1, 256, 16, BF16), 2)
 
