@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from adapter_store.disk_cache import DiskCache
+from adapter_store.errors import AdapterError
 from adapter_store.file_lock import file_lock
 from adapter_store.hub_client import HubClient
 from adapter_store.remote_source import RemoteSource
@@ -20,11 +23,17 @@ _processes.set_forkserver_preload(["tests.adapter_store.fetching"])
 
 
 class Fetcher:
-    """A process that fetches references one after the other, on the disk cache in ``root``."""
+    """A process that fetches references one after the other, on the disk cache in ``root``.
 
-    def __init__(self, endpoint: str, root: Path, refs: Sequence[str], budget: int = 1 << 30) -> None:
+    undaunted: again and again, whatever fails, until it is killed.
+    """
+
+    def __init__(
+        self, endpoint: str, root: Path, refs: Sequence[str], budget: int = 1 << 30, *, undaunted: bool = False
+    ) -> None:
         self._reads, writes = _processes.Pipe(duplex=False)
-        self.process: BaseProcess = _processes.Process(target=_fetch, args=(endpoint, root, refs, budget, writes))
+        work = _fetch_on if undaunted else _fetch
+        self.process: BaseProcess = _processes.Process(target=work, args=(endpoint, root, refs, budget, writes))
         self.process.start()
         writes.close()
 
@@ -43,6 +52,16 @@ class Fetcher:
 def _fetch(endpoint: str, root: Path, refs: Sequence[str], budget: int, answer: Connection) -> None:
     store = hub_source(endpoint, root, cache_bytes=budget, hub_timeout_s=90, hub_retries=0)
     answer.send([store.fetch(store.resolve(ref, AdapterRef.parse(ref))).digest() for ref in refs])
+
+
+def _fetch_on(endpoint: str, root: Path, refs: Sequence[str], budget: int, answer: Connection) -> None:
+    del answer  # there is no end
+    store = hub_source(endpoint, root, cache_bytes=budget, hub_retries=0)
+    for ref in itertools.cycle(refs):
+        try:
+            store.fetch(store.resolve(ref, AdapterRef.parse(ref)))
+        except AdapterError:
+            time.sleep(0.01)
 
 
 def hub_source(endpoint: str, root: Path, **changes: object) -> RemoteSource:
