@@ -195,9 +195,10 @@ class StepLoop:
 
     def _turn(self) -> None:
         with self._wake:
-            while self._idle():
-                # Nobody tells when a copy has read its host memory, for which others may wait.
-                self._wake.wait(_COPY_PATIENCE_S if self._settle_copies() else None)
+            # Nobody tells when a copy has read its host memory, for which others may wait: the last one ends the wait.
+            copying = self._settle_copies()
+            while self._idle() and (not copying or self._settle_copies()):
+                self._wake.wait(_COPY_PATIENCE_S if copying else None)
             inbox, self._inbox = self._inbox, []
         for message in inbox:
             message()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
 from adapter_store.errors import AdapterNotFound, PinRefused
+from adapter_store.packed import PackedAdapter
+from adapter_store.slots import Slot, SlotPool
 from engine.request import EngineDead
 from tests.engine.engines import answer, answers, ask, assert_same, expected, running, settings_for
 from tests.engine.oracle import ATTENTION, TinyAdapter, TinyModel, build_tiny_model
@@ -148,3 +153,32 @@ async def test_questions_that_are_open_when_the_engine_closes_end(
         await asyncio.gather(reader, return_exceptions=True)
         with pytest.raises(EngineDead):
             await engine.prefetch("llama-tenant-0")
+
+
+class _Later:
+    """In the place of a CUDA event: of a copy that takes as long."""
+
+    def __init__(self, seconds: float) -> None:
+        self._at = time.monotonic() + seconds
+
+    def query(self) -> bool:
+        return time.monotonic() >= self._at
+
+
+async def test_an_unload_that_waits_for_a_copy_alone_is_answered_at_its_end(
+    model: TinyModel, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing runs and nobody asks anything else meanwhile."""
+    load = SlotPool.load
+
+    def slow(self: SlotPool, slot: Slot, packed: PackedAdapter, done: Callable[[], None]) -> None:
+        load(self, slot, packed)
+        self._copies.append((cast(Any, _Later(0.3)), packed, done))
+
+    monkeypatch.setattr(SlotPool, "load", slow)
+    async with running(settings_for(model, adapters)) as engine:
+        assert await engine.prefetch("llama-tenant-0")
+        (digest,) = engine.stats().resident
+        assert engine.stats().host_referenced_bytes > 0
+        assert await engine.unload(digest, wait_s=10)
+        assert engine.stats().resident == engine.stats().host_cached == ()
