@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
 from adapter_store.errors import AdapterRefused
+from adapter_store.spare_memory import SpareMemory
 
 MAX_CONFIG_BYTES = 1 << 20
 _CHUNK = 4 << 20  # bytes
+_SPARE = SpareMemory(512 << 20)  # for every reader of the process, as an allocator's memory is
 PICKLE_FILE = "adapter_model.bin"
 PICKLE_REMEDY = (
     f"its weights are a pickle ({PICKLE_FILE}), which is never opened; convert them to {WEIGHTS_FILE}, for example by "
@@ -25,16 +26,20 @@ PICKLE_REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """adapter_config.json, and the bytes of adapter_model.safetensors as a 1-D uint8 tensor, with their hash."""
+    """adapter_config.json, and the bytes of adapter_model.safetensors as a 1-D uint8 tensor, with their hash.
+
+    memory: what ``weights`` is the beginning of.
+    """
 
     config: bytes
     weights: Tensor
     weights_sha256: str
+    memory: Tensor
 
     @classmethod
     def read(cls, folder: Path, name: str, max_weights_bytes: int | None = None) -> CheckpointFiles:
         """Read both files. Raises AdapterRefused when one is missing, too large, or only a pickle is there."""
-        config, _ = _read(folder / CONFIG_FILE, name, MAX_CONFIG_BYTES)
+        config, *_ = _read(folder / CONFIG_FILE, name, MAX_CONFIG_BYTES)
         if not (folder / WEIGHTS_FILE).is_file() and (folder / PICKLE_FILE).is_file():
             raise AdapterRefused(name, PICKLE_REMEDY)
         return cls(config.numpy().tobytes(), *_read(folder / WEIGHTS_FILE, name, max_weights_bytes))
@@ -42,6 +47,10 @@ class CheckpointFiles:
     @property
     def nbytes(self) -> int:
         return len(self.config) + self.weights.numel()
+
+    def discard(self) -> None:
+        """Leave the memory to the next files that are read: ``weights`` and its views are void from here on."""
+        _SPARE.give(self.memory)
 
     def digest(self) -> str:
         """The content's identity (``content_digest``), 64 hex digits."""
@@ -54,15 +63,15 @@ def check_size(name: str, file: str, size: int, limit: int | None) -> None:
         raise AdapterRefused(name, f"{file} has {size} bytes; at most {limit} can belong to an adapter served here")
 
 
-def _read(path: Path, name: str, limit: int | None) -> tuple[Tensor, str]:
-    """A file's bytes and their sha256. Hashing takes as long as reading, so it goes on beside it."""
+def _read(path: Path, name: str, limit: int | None) -> tuple[Tensor, str, Tensor]:
+    """A file's bytes, their sha256, taken beside the reading, and the memory that the bytes are the beginning of."""
     sha256 = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
             size = os.fstat(file.fileno()).st_size
             check_size(name, path.name, size, limit)
-            data = torch.empty(size, dtype=torch.uint8)  # not bytearray, whose zeroing holds the interpreter lock
-            view, done = data.numpy().data, 0
+            memory = _SPARE.take(size)
+            view, done = memory.numpy().data, 0
             while done < size and (count := file.readinto(view[done : done + _CHUNK])):
                 hasher.submit(sha256.update, view[done : done + count])
                 done += count
@@ -70,4 +79,4 @@ def _read(path: Path, name: str, limit: int | None) -> tuple[Tensor, str]:
         raise AdapterRefused(name, f"it has no {path.name}") from None
     except OSError as error:
         raise AdapterRefused(name, f"{path.name} cannot be read: {error.strerror}") from error
-    return data[:done], sha256.hexdigest()
+    return memory[:done], sha256.hexdigest(), memory

@@ -142,11 +142,14 @@ class AdapterStore:
         started = time.monotonic()
         try:
             files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank))
-            with self._packed.measure() as work:
-                packed = pack_files(
-                    files, self._layout, self._max_rank, allocation.slab, resolved.name, digest=resolved.digest
-                )
-                work.bytes = packed.nbytes
+            try:
+                with self._packed.measure() as work:
+                    packed = pack_files(
+                        files, self._layout, self._max_rank, allocation.slab, resolved.name, digest=resolved.digest
+                    )
+                    work.bytes = packed.nbytes
+            finally:
+                files.discard()
         except AdapterRefused as error:
             self._failures.add(resolved.digest, error)
             raise
