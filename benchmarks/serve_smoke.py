@@ -19,8 +19,8 @@ from pathlib import Path
 import httpx
 import torch
 
-from benchmarks.report import Report, Row, device_name
-from benchmarks.server import Server
+from benchmarks.common.report import Report, Row, device_name
+from benchmarks.serving.server import Server
 from examples.demo.words import BASE, STYLES, answer, held_out_prompts
 
 

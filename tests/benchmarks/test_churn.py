@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import churn
-from benchmarks.churn_copies import ChurnCopies
+from benchmarks.churn import __main__ as churn
+from benchmarks.churn.copies import ChurnCopies
 
 SMALL = (
     "--slots", "5", "--prompt", "8", "--repeats", "2", "--rows", "2", "--arrivals", "4", "--batch", "3",

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, plot
-from benchmarks.decode_batches import summarize, with_added_cost
-from benchmarks.gpu_trace import kernel_times
-from benchmarks.percentile import percentile
-from benchmarks.plot_decode import DecodeResults
-from benchmarks.timeline import Timeline
+from benchmarks.common.percentile import percentile
+from benchmarks.common.timeline import Timeline
+from benchmarks.decode import __main__ as decode
+from benchmarks.decode.batches import summarize, with_added_cost
+from benchmarks.decode.gpu_trace import kernel_times
+from benchmarks.plot import draw as plot
+from benchmarks.plot.decode import DecodeResults
 
 
 def run_decode(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -77,7 +78,7 @@ def test_arrivals_beside_running_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_running_row_that_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.decode_arrivals.RUNNING_TOKENS", 20)
+    monkeypatch.setattr("benchmarks.decode.arrivals.RUNNING_TOKENS", 20)
     with pytest.raises(RuntimeError, match="ended before the measurement"):
         run_decode(monkeypatch, "--adapters", "1", "--rows", "1", "--arrivals", "--prompt", "8")
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kernels, plot
-from benchmarks.kernel_setting import KernelSetting
-from benchmarks.lora_work import AdapterRows, group_work, segment_work, stacked_work
-from benchmarks.plot_kernels import FAMILIES, KernelResults
-from benchmarks.rivals import Rival
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.kernels.lora_work import AdapterRows, group_work, segment_work, stacked_work
+from benchmarks.kernels.rivals import Rival
+from benchmarks.kernels.setting import KernelSetting
+from benchmarks.plot import __main__ as plot
+from benchmarks.plot.kernels import FAMILIES, KernelResults
 from kernels.lora_group import LoraGroup
 
 GOOD_RIVAL = """

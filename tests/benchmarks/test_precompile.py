@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.kernel_cases_lora import StackedCase
-from benchmarks.precompile import precompile
-from benchmarks.rivals import Rival
+from benchmarks.kernels.lora_cases import StackedCase
+from benchmarks.kernels.precompile import precompile
+from benchmarks.kernels.rivals import Rival
 
 
 def test_jobs_run_elsewhere_and_say_what_fails(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import serving
-from benchmarks.answer import Answer
-from benchmarks.lengths import Lengths
-from benchmarks.open_loop import offer
-from benchmarks.plot_serving import ServingResults
-from benchmarks.prompt_text import PromptText, words
-from benchmarks.served_models import ServedModels
-from benchmarks.slo import Slo
-from benchmarks.workload import Arrival, Workload
+from benchmarks.common.lengths import Lengths
+from benchmarks.common.open_loop import offer
+from benchmarks.common.workload import Arrival, Workload
+from benchmarks.plot.serving import ServingResults
+from benchmarks.serving import __main__ as serving
+from benchmarks.serving.answer import Answer
+from benchmarks.serving.prompt_text import PromptText, words
+from benchmarks.serving.served_models import ServedModels
+from benchmarks.serving.slo import Slo
 
 FOUR = Workload(("a", "b", "c", "d"), 1.0, Lengths(64, 0.6, 4, 256), Lengths(32, 0.6, 4, 128))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tune
-from benchmarks.tune_choice import Trial, choose
-from benchmarks.tune_problem import OPS, problems
-from benchmarks.tune_space import SPACES, candidates
-from benchmarks.tuned_table import merged, table_path, update_table
+from benchmarks.tune import __main__ as tune
+from benchmarks.tune.choice import Trial, choose
+from benchmarks.tune.problem import OPS, problems
+from benchmarks.tune.space import SPACES, candidates
+from benchmarks.tune.table import merged, table_path, update_table
 from engine.lora_targets import adapter_layout
 from engine.spec import ModelSpec
 from kernels import op_configs
@@ -96,8 +96,8 @@ def test_the_command_writes_a_table_that_lookups_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # On a CPU all candidates run the same twin; let any difference count, so that rows come of it.
-    monkeypatch.setattr("benchmarks.tune_choice.GAIN", -10.0)
-    monkeypatch.setattr("benchmarks.tune_choice.LOSS", 0.99)
+    monkeypatch.setattr("benchmarks.tune.choice.GAIN", -10.0)
+    monkeypatch.setattr("benchmarks.tune.choice.LOSS", 0.99)
     arguments = ["--shape", "tiny", "--ops", "expand,sgmv_expand", "--rank", "8", "--batch", "1,4", "--hidden", "256"]
     monkeypatch.setattr(sys, "argv", ["tune", *arguments, "--workers", "0", "--out", str(tmp_path)])
     tune.main()

@@ -13,8 +13,8 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks import server
-from benchmarks.server import ROOT
+from benchmarks.serving import server
+from benchmarks.serving.server import ROOT
 from tests.adapter_store.hub_server import HubServer
 
 START_SECONDS = 180

@@ -1,0 +1,1 @@
+"""More adapters than slots."""

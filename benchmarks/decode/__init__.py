@@ -1,0 +1,1 @@
+"""The engine's decode step and what disturbs it."""

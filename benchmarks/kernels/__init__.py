@@ -1,0 +1,1 @@
+"""Times the kernels one by one."""

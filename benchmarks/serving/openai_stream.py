@@ -1,0 +1,84 @@
+"""Streamed requests to a server that speaks OpenAI's API, timed at this end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+
+from benchmarks.serving.answer import Answer
+
+Api = Literal["completions", "chat"]
+
+
+class _Failed(Exception):
+    """What the server answered instead of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIStream:
+    """client: with the server's address. timeout_s: longest wait for a whole answer, from when it was due."""
+
+    client: httpx.AsyncClient
+    api: Api
+    timeout_s: float
+
+    async def ask(self, model: str, prompt: str, tokens: int, due: float) -> Answer:
+        """Stream one greedy answer of ``tokens`` tokens, end tokens ignored. Failures are in the answer, not raised."""
+        sent = time.perf_counter()
+        events: list[float] = []
+        usage: dict[str, int] = {}
+        error: str | None = None
+        try:
+            async with asyncio.timeout(max(due + self.timeout_s - sent, 0.0)):
+                usage = await self._read(self._body(model, prompt, tokens), events)
+        except TimeoutError:
+            error = f"no whole answer within {self.timeout_s:g} s"
+        except (httpx.HTTPError, _Failed) as failure:
+            error = str(failure) or type(failure).__name__
+        end = time.perf_counter()
+        counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", len(events))
+        return Answer(due, sent, tuple(events), end, *counts, error)
+
+    def _body(self, model: str, prompt: str, tokens: int) -> dict[str, Any]:
+        body = {
+            "model": model,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.api == "chat":
+            return body | {"messages": [{"role": "user", "content": prompt}]}
+        return body | {"prompt": prompt}
+
+    async def _read(self, body: dict[str, Any], events: list[float]) -> dict[str, int]:
+        """Append the time of each event with tokens, and return the usage. Raises what stands in for an answer."""
+        path = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
+        usage: dict[str, int] = {}
+        finished = False
+        async with self.client.stream("POST", path, json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                await response.aread()
+                raise _Failed(f"HTTP {response.status_code}: {response.text[:200]}")
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                now = time.perf_counter()
+                event = json.loads(line[len("data: ") :])
+                if "error" in event:
+                    raise _Failed(str(event["error"].get("message", event["error"])))
+                usage = event.get("usage") or usage
+                for choice in event["choices"]:
+                    finished = finished or choice.get("finish_reason") is not None
+                    # A chat's first event only says whose turn it is, and its last may only say that it ended.
+                    if self.api == "completions" or choice["delta"].get("content"):
+                        events.append(now)
+        if not finished or not events:
+            raise _Failed("the stream ended without a finish_reason or without tokens")
+        return usage
