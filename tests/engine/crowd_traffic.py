@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from adapter_store.errors import AdapterError
-from benchmarks.distributions import zipf_weights
+from benchmarks.common.distributions import zipf_weights
 from engine.engine import Engine
 from engine.request import GenerationChunk, GenerationRequest, SamplingParams
 from tests.engine.crowd import NEW, Crowd, Tenant

@@ -10,8 +10,8 @@ import torch
 import kernels.bgmv_expand
 import kernels.bgmv_shrink
 import kernels.sgmv
-from benchmarks.kernel_setting import KernelSetting
-from benchmarks.tune_problem import OPS, SHARED, STACKED, Problem, table_key
+from benchmarks.kernels.setting import KernelSetting
+from benchmarks.tune.problem import OPS, SHARED, STACKED, Problem, table_key
 from kernels.dispatch import use_triton
 from kernels.lora_group import LoraGroup
 from kernels.op_configs import get_lora_op_configs
