@@ -91,9 +91,10 @@ def bgmv_expand(
     add_inputs: bool = True,
     override_config: Mapping[str, int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     """``output[i] (+)= lora_b_weights[indices[i]] @ inputs[i]``; see :func:`kernels.bgmv_expand.bgmv_expand`."""
-    del override_config, operands_ready  # of the Triton kernel
+    del override_config, operands_ready, shared  # of the Triton kernel
     weights = lora_b_weights.squeeze(1) if lora_b_weights.ndim == 4 else lora_b_weights
     for row, index in enumerate(lora_indices_tensor.tolist()):
         if index >= 0:
@@ -108,9 +109,10 @@ def bgmv_shrink(
     scaling: float = 1.0,
     override_config: Mapping[str, int] | None = None,
     operands_ready: bool = False,
+    shared: bool = False,
 ) -> None:
     """``output[i] = scaling * lora_a_weights[indices[i]] @ inputs[i]``; see :func:`kernels.bgmv_shrink.bgmv_shrink`."""
-    del override_config, operands_ready
+    del override_config, operands_ready, shared
     weights = lora_a_weights.squeeze(1) if lora_a_weights.ndim == 4 else lora_a_weights
     for row, index in enumerate(lora_indices_tensor.tolist()):
         if index >= 0:
