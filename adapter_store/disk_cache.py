@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.errors import AdapterRefused
 from adapter_store.file_lock import file_lock
-from adapter_store.load_stats import LoadMeter
+from adapter_store.load_stats import DiskCacheStats, LoadMeter
 
 _log = logging.getLogger(__name__)
 _INCOMING = ".incoming-"  # + key: a download under way, or one whose process died
@@ -22,6 +23,8 @@ _GONE = ".gone-"  # + digest: an entry being deleted
 _ADOPT_WAIT_S = 30.0  # making room takes milliseconds; a process that was stopped meanwhile holds the others up so long
 _STATE_MAX_AGE_S = 30 * 24 * 3600.0
 _SWEEP_EVERY_S = 24 * 3600.0
+# A folder listed this shortly after it changed could change again within the same clock tick of its file system.
+_SETTLED_NS = 100_000_000
 
 
 class DiskCache:
@@ -35,6 +38,9 @@ class DiskCache:
         self._root = root
         self._budget_bytes = budget_bytes
         self._next_sweep = 0.0
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}
+        self._listed: int | None = None  # the folder's modification time (ns) when _sizes was all of it
         self.reading = LoadMeter()
 
     def read(self, digest: str, name: str, max_weights_bytes: int | None) -> CheckpointFiles | None:
@@ -69,14 +75,21 @@ class DiskCache:
         return (self._root / digest).is_dir()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every entry, by digest. Looks at the disk."""
-        found: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for folder in self._root.iterdir():
-                if not folder.name.startswith(".") and folder.name not in _OURS:
-                    with contextlib.suppress(FileNotFoundError):  # removed by another process
-                        found[folder.name] = _size(folder)
-        return found
+        """Bytes of every entry, by digest. Lists the folder only where something came or went since the last time, and
+        looks at an entry once: its content never changes. Where the disk cannot be read, what was known last."""
+        with self._lock, contextlib.suppress(OSError):
+            if not self._root.exists():
+                self._sizes, self._listed = {}, None
+            elif (changed := self._root.stat().st_mtime_ns) != self._listed:
+                settled = time.time_ns() - changed > _SETTLED_NS
+                self._sizes = self._list()
+                self._listed = changed if settled else None
+        return dict(self._sizes)
+
+    def stats(self) -> DiskCacheStats:
+        """What is held now, by all processes; as cheap as ``sizes``."""
+        sizes = self.sizes()
+        return DiskCacheStats(len(sizes), sum(sizes.values()), self._budget_bytes)
 
     @contextlib.contextmanager
     def exclusive(self, key: str, wait_s: float) -> Iterator[Path]:
@@ -128,6 +141,15 @@ class DiskCache:
         """Drop what is remembered of a ``state``."""
         with contextlib.suppress(OSError):
             (self._root / "states" / state).unlink()
+
+    def _list(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for folder in self._root.iterdir():
+            name = folder.name
+            if not name.startswith(".") and name not in _OURS:
+                with contextlib.suppress(FileNotFoundError):  # removed by another process
+                    found[name] = self._sizes[name] if name in self._sizes else _size(folder)
+        return found
 
     def _lock_path(self, key: str) -> Path:
         return self._root / "locks" / key

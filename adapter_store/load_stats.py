@@ -19,31 +19,37 @@ SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 class LoadTotals:
     """One kind of work since the start.
 
-    done: times that it succeeded. failed: times that it did not. seconds: spent on both. bytes: of what was done.
-    by_seconds: how often it took how long, done or failed, by ``SECONDS_BOUNDS``.
+    done: times that it succeeded. failed: times that it did not. bytes: of what was done.
+    by_seconds: how often it took how long, done or failed, by ``SECONDS_BOUNDS``. spent: seconds of each of these.
     """
 
     done: int = 0
     failed: int = 0
-    seconds: float = 0.0
     bytes: int = 0
     by_seconds: tuple[int, ...] = (0,) * (len(SECONDS_BOUNDS) + 1)
+    spent: tuple[float, ...] = (0.0,) * (len(SECONDS_BOUNDS) + 1)
 
     def __add__(self, other: LoadTotals) -> LoadTotals:
         return LoadTotals(
             self.done + other.done,
             self.failed + other.failed,
-            self.seconds + other.seconds,
             self.bytes + other.bytes,
             tuple(one + more for one, more in zip(self.by_seconds, other.by_seconds, strict=True)),
+            tuple(one + more for one, more in zip(self.spent, other.spent, strict=True)),
         )
+
+    @property
+    def seconds(self) -> float:
+        """Spent on all of it, done or failed."""
+        return sum(self.spent)
 
     @classmethod
     def once(cls, seconds: float, num_bytes: int, *, done: bool) -> LoadTotals:
         """One piece of work."""
         place = bisect_left(SECONDS_BOUNDS, seconds)
         by_seconds = tuple(int(place == number) for number in range(len(SECONDS_BOUNDS) + 1))
-        return cls(int(done), int(not done), seconds, num_bytes if done else 0, by_seconds)
+        spent = tuple(seconds * count for count in by_seconds)
+        return cls(int(done), int(not done), num_bytes if done else 0, by_seconds, spent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +74,25 @@ class SourceStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskCacheStats:
+    """What is on disk now, brought by any process of this machine: bytes of ``budget_bytes``."""
+
+    adapters: int
+    bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
     """Everything before the slots. sources: see there; failures are those of the store too.
 
-    pack: from the files' bytes to a slab in the slots' layout. host: the cache of such slabs.
+    pack: from the files' bytes to a slab in the slots' layout. host: the cache of such slabs. disk: that of files.
     """
 
     sources: SourceStats
     pack: LoadTotals
     host: HostCacheStats
+    disk: DiskCacheStats
 
 
 class LoadMeter:
@@ -94,7 +110,7 @@ class LoadMeter:
     def measure(self) -> Iterator[Measured]:
         """Count the block: as failed when it raises, otherwise as done with the ``bytes`` that it noted; not at all
         when it has to wait for host memory, since it is begun again."""
-        started, work, done = time.monotonic(), Measured(), False
+        started, work, done = time.perf_counter(), Measured(), False
         try:
             yield work
             done = True
@@ -103,9 +119,12 @@ class LoadMeter:
             raise
         finally:
             if started is not None:
-                seconds = time.monotonic() - started
-                with self._lock:
-                    self._totals += LoadTotals.once(seconds, work.bytes, done=done)
+                self.count(time.perf_counter() - started, work.bytes, done=done)
+
+    def count(self, seconds: float, num_bytes: int, *, done: bool = True) -> None:
+        """Count a piece of work that was measured elsewhere."""
+        with self._lock:
+            self._totals += LoadTotals.once(seconds, num_bytes, done=done)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +12,9 @@ from torch import Tensor
 from adapter_store.errors import PinRefused
 from adapter_store.eviction import EvictionPolicy, LeastRecentlyUsed
 from adapter_store.layout import AdapterLayout
+from adapter_store.load_stats import LoadTotals
 from adapter_store.packed import PackedAdapter
+from adapter_store.slot_copies import SlotCopies
 from kernels.lora_group import packed_rank
 
 SLOT_ALIGNMENT = 128  # elements; keeps every slot start aligned for 16-byte (and wider) loads
@@ -58,13 +59,17 @@ class Residency:
 class SlotStats:
     """Totals since the start: acquisitions that found their adapter, that did not, and adapters evicted for others.
 
-    exhausted: acquisitions that got nothing because every slot that fits was in use.
+    exhausted: acquisitions that got nothing because every slot that fits was in use. copies: from host memory to slots,
+    those that are through, by their own time. bytes: of the adapters in slots now. capacity_bytes: of all slots.
     """
 
     hits: int
     misses: int
     evictions: int
     exhausted: int
+    copies: LoadTotals
+    bytes: int
+    capacity_bytes: int
 
 
 class SlotPool:
@@ -132,7 +137,7 @@ class SlotPool:
         self._eviction = eviction or LeastRecentlyUsed()
         self._resident: dict[str, Slot] = {}
         self._wanted: dict[str, int] = {}  # digest -> how soon its turn comes
-        self._copies: deque[tuple[torch.cuda.Event, PackedAdapter, Callable[[], None]]] = deque()
+        self._copies = SlotCopies(self._stream)
         self._free: dict[int, list[Slot]] = {rank: [] for rank in self._classes}
         for slot in reversed(self._slots):
             self._free[slot.class_rank].append(slot)
@@ -186,20 +191,8 @@ class SlotPool:
         target = self.arena[slot.offset : slot.offset + packed.slab.numel()]
         row = self._host_rows[slot.index]
         row[0], row[1] = slot.offset, packed_rank(packed.rank)
-        if self._stream is None:
-            target.copy_(packed.slab)
-            self.slot_table[slot.index].copy_(row)
-            if done is not None:
-                done()
-        else:
-            with torch.cuda.stream(self._stream):
-                if slot._last_read is not None:
-                    self._stream.wait_event(slot._last_read)
-                target.copy_(packed.slab, non_blocking=True)
-                self.slot_table[slot.index].copy_(row, non_blocking=True)
-                slot._copied = torch.cuda.Event()
-                slot._copied.record(self._stream)
-            self._copies.append((slot._copied, packed, done or _nothing))
+        writes = ((target, packed.slab), (self.slot_table[slot.index], row))
+        slot._copied = self._copies.start(packed, writes, behind=slot._last_read, done=done)
         slot.rank = packed.rank
         slot.loaded = True
         self._eviction.added(packed.digest, packed.nbytes, packed.load_seconds)
@@ -207,9 +200,7 @@ class SlotPool:
 
     def settle(self) -> int:
         """Call ``done`` of the copies that are through; returns how many are still under way. Never blocks."""
-        while self._copies and self._copies[0][0].query():
-            self._copies.popleft()[2]()
-        return len(self._copies)
+        return self._copies.settle()
 
     def ready(self, slot: Slot) -> bool:
         """Whether steps launched from now on may read the slot. Never blocks."""
@@ -294,7 +285,16 @@ class SlotPool:
 
     def stats(self) -> SlotStats:
         """Counters so far. Any thread."""
-        return SlotStats(self._hits, self._misses, self._evictions, self._exhausted)
+        elements = sum(self.layout.slab_elements(rank) for rank in self._residency.adapters.values())
+        return SlotStats(
+            self._hits,
+            self._misses,
+            self._evictions,
+            self._exhausted,
+            self._copies.totals,
+            elements * self.arena.element_size(),
+            self.arena.nbytes,
+        )
 
     @property
     def pinned(self) -> tuple[str, ...]:
@@ -370,7 +370,3 @@ class SlotPool:
         )
         if self._on_change is not None:
             self._on_change(self._residency)
-
-
-def _nothing() -> None:
-    """What a copy does at its end when nobody waits for it."""

@@ -17,9 +17,9 @@ class Sources:
 
     def __init__(self, settings: StoreSettings) -> None:
         self._local = LocalSource()
-        self._disk = DiskCache(settings.path(settings.cache_dir) / "adapters", settings.cache_bytes)
-        self._hub = RemoteSource(settings, HubClient(settings), self._disk)
-        self._objects = RemoteSource(settings, ObjectClient(settings), self._disk)
+        self.disk = DiskCache(settings.path(settings.cache_dir) / "adapters", settings.cache_bytes)
+        self._hub = RemoteSource(settings, HubClient(settings), self.disk)
+        self._objects = RemoteSource(settings, ObjectClient(settings), self.disk)
 
     def of(self, ref: AdapterRef) -> AdapterSource:
         """The source that keeps what ``ref`` names."""
@@ -27,7 +27,7 @@ class Sources:
 
     def stats(self) -> SourceStats:
         """What all of them did so far."""
-        read = SourceStats(read=self._disk.reading.totals)
+        read = SourceStats(read=self.disk.reading.totals)
         return self._local.stats() + self._hub.stats() + self._objects.stats() + read
 
     def close(self) -> None:

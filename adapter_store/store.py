@@ -120,7 +120,8 @@ class AdapterStore:
             remembered_failures=sources.remembered_failures + len(self._failures),
             failures_repeated=sources.failures_repeated + self._failures.repeated,
         )
-        return StoreStats(sources, self._packed.totals, self.host_cache.stats())
+        disk = self.catalog.sources.disk.stats()
+        return StoreStats(sources, self._packed.totals, self.host_cache.stats(), disk)
 
     def close(self) -> None:
         """Close the sources and let go of host memory. No copy to a slot may be under way."""

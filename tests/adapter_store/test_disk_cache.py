@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from adapter_store import disk_cache
 from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import AdapterRefused, AdapterUnavailable
 from adapter_store.file_lock import file_lock
+from adapter_store.load_stats import DiskCacheStats
 from adapter_store.remote_source import RemoteSource
 from adapter_store.source import AdapterRef
 from tests.adapter_store.fetching import Fetcher, hub_source, lock_holder
@@ -129,6 +131,37 @@ def test_the_budget_holds_while_processes_fill_the_cache(hub: HubServer, tmp_pat
         time.sleep(0.005)
     assert [len(set(fetcher.digests())) for fetcher in fetchers] == [8, 8, 8]
     assert SIZE < max(seen) <= budget
+
+
+def test_what_the_disk_holds_is_told_whoever_brought_it(tmp_path: Path) -> None:
+    cache, other = DiskCache(tmp_path, 3 * SIZE), DiskCache(tmp_path, 3 * SIZE)
+    assert cache.stats() == DiskCacheStats(0, 0, 3 * SIZE)
+    for number in range(3):
+        fill(cache if number else other, number)
+        assert cache.stats() == other.stats() == DiskCacheStats(number + 1, (number + 1) * SIZE, 3 * SIZE)
+    fill(other, 3, SIZE // 2)
+    assert cache.stats() == DiskCacheStats(3, 2 * SIZE + SIZE // 2, 3 * SIZE)
+
+
+def test_to_tell_what_the_disk_holds_takes_one_look_at_each_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = DiskCache(tmp_path, 1 << 30)
+    for number in range(3):
+        fill(DiskCache(tmp_path, 1 << 30), number)
+    looked: list[str] = []
+    look, listing = disk_cache._size, Path.iterdir
+    monkeypatch.setattr(disk_cache, "_size", lambda folder: looked.append(folder.name) or look(folder))
+    monkeypatch.setattr(Path, "iterdir", lambda path: looked.append(path.name) or listing(path))
+    os.utime(tmp_path, ns=(0, time.time_ns() - 10**9))  # what is there has been there for a while
+    assert cache.stats().adapters == 3
+    assert sorted(looked) == sorted([tmp_path.name, *2 * list(cache.sizes())])
+    looked.clear()
+    assert cache.stats().adapters == 3 and not looked
+    new = fill(DiskCache(tmp_path, 1 << 30), 3)
+    looked.clear()
+    assert cache.stats().adapters == 4
+    assert looked == [tmp_path.name, new, new]
 
 
 def test_an_adapter_larger_than_the_budget_is_served_but_not_kept(hub: HubServer, tmp_path: Path) -> None:

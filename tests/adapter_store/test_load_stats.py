@@ -27,3 +27,10 @@ def test_a_time_counts_in_the_smallest_bound_that_holds_it() -> None:
     assert place(0.0) == 0 and place(1e9) == len(SECONDS_BOUNDS)
     both = LoadTotals.once(0.0, 3, done=True) + LoadTotals.once(1e9, 3, done=False)
     assert (both.by_seconds[0], both.by_seconds[-1], sum(both.by_seconds), both.bytes) == (1, 1, 2, 3)
+
+
+def test_the_seconds_of_each_bound_are_kept() -> None:
+    total = sum((LoadTotals.once(seconds, 0, done=True) for seconds in (0.03, 0.04, 2.0)), LoadTotals())
+    spent = dict(zip(SECONDS_BOUNDS, total.spent, strict=False))
+    assert {bound: seconds for bound, seconds in spent.items() if seconds} == {0.05: pytest.approx(0.07), 2.5: 2.0}
+    assert total.seconds == pytest.approx(2.07)

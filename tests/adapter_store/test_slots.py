@@ -69,6 +69,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.loaded: set[str] = set()
         self.held: list[tuple[Slot, str]] = []
         self.hits = self.misses = self.evictions = self.exhausted = 0
+        self.copied: list[PackedAdapter] = []
         self.wanted: list[str] = []
         self.pinned: set[str] = set()
 
@@ -137,6 +138,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert slot.loaded == (packed.digest in self.loaded)
         if load and not slot.loaded:
             self.pool.load(slot, packed)
+            self.copied.append(packed)
             self.loaded.add(packed.digest)
         assert self.pool.ready(slot) == slot.loaded
 
@@ -261,6 +263,8 @@ class PoolMachine(RuleBasedStateMachine):
         stats = self.pool.stats()
         counted = (stats.hits, stats.misses, stats.evictions, stats.exhausted)
         assert counted == (self.hits, self.misses, self.evictions, self.exhausted)
+        assert stats.bytes == sum(self.adapters[digest].nbytes for digest in self.loaded) <= stats.capacity_bytes
+        assert (stats.copies.done, stats.copies.bytes) == (len(self.copied), sum(p.nbytes for p in self.copied))
 
 
 TestPool = PoolMachine.TestCase
@@ -299,6 +303,23 @@ def test_what_the_queue_wants_next_is_not_put_out_for_what_it_wants_now(device: 
     assert pool.find(old.digest) is None
     assert pool.acquire(adapter(3, 4).digest, 4, spare=True) is None
     assert pool.find(warm.digest) is not None
+
+
+def test_copies_are_counted_with_their_bytes_and_their_time(device: str) -> None:
+    pool = SlotPool(LAYOUT, {4: 2, 8: 1}, torch.float32, device)
+    packed = [adapter(number, rank) for number, rank in enumerate((4, 3, 7))]
+    assert (pool.stats().bytes, pool.stats().copies.done) == (0, 0)
+    for one in packed:
+        slot = pool.acquire(one.digest, one.rank)
+        assert slot is not None
+        pool.load(slot, one)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert pool.settle() == 0
+    stats, total = pool.stats(), sum(one.nbytes for one in packed)
+    assert (stats.bytes, stats.capacity_bytes) == (total, pool.arena.nbytes)
+    assert (stats.copies.done, stats.copies.failed, stats.copies.bytes) == (3, 0, total)
+    assert stats.copies.seconds > 0
 
 
 def test_reload_is_bit_identical_in_another_slot(device: str) -> None:
@@ -412,6 +433,22 @@ class TestOrderOnCuda:
         assert (pool.settle(), let_go) == (1, ["old"])  # the copy waits for the step, nobody waits for the copy
         torch.cuda.synchronize()
         assert (pool.settle(), let_go) == (0, ["old", "new"])
+
+    def test_the_time_of_a_copy_is_its_own(self) -> None:
+        pool, slot, old = self.start()
+        pool.load(slot, old)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            slow_kernel(1000)
+            pool.step_done()
+        pool.release(slot)
+        new = adapter(1, 16, LARGE, pin=True)
+        assert pool.acquire(new.digest, 16) is slot
+        pool.load(slot, new)  # waits for the step, which is not the copy's time
+        torch.cuda.synchronize()
+        assert pool.settle() == 0
+        copies = pool.stats().copies
+        assert (copies.done, copies.bytes) == (2, old.nbytes + new.nbytes)
+        assert 0 < copies.seconds < 0.2
 
     def test_a_load_waits_for_nobody_else(self) -> None:
         pool, slot, packed = self.start()

@@ -178,6 +178,7 @@ def test_what_loading_took_is_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (stats.sources.remembered_failures, stats.sources.failures_repeated) == (1, 2)
     assert min(stats.sources.download.seconds, stats.sources.read.seconds, stats.pack.seconds) > 0
     assert stats.host.adapters == 1
+    assert (nothing.disk.adapters, stats.disk.adapters, stats.disk.bytes) == (0, 1, size)
 
 
 def test_a_refusal_names_the_adapter_that_was_asked_for(tmp_path: Path) -> None:
