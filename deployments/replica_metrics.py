@@ -29,10 +29,13 @@ class Reading:
 
 # name -> (tag, what it is). Prometheus sees them as ray_<name>, with replica, deployment and application.
 GAUGES = {
-    "lorafleet_adapters": ("tier", "Adapters held: in slots, in host memory."),
-    "lorafleet_adapter_bytes": ("tier", "Bytes that adapters take in host memory."),
+    "lorafleet_adapters": (
+        "tier",
+        "Adapters held: in slots, in host memory, on disk (what the replicas of a node share).",
+    ),
+    "lorafleet_adapter_bytes": ("tier", "Bytes that these adapters take."),
     "lorafleet_adapter_bytes_budget": ("tier", "Bytes that they may take."),
-    "lorafleet_adapter_bytes_referenced": ("tier", "Bytes of them that waiting requests, loads and copies use."),
+    "lorafleet_adapter_bytes_referenced": ("tier", "Bytes in host memory that waiting requests, loads and copies use."),
     "lorafleet_adapter_slots_in_use": ("", "Slots that running requests refer to."),
     "lorafleet_adapters_pinned": ("", "Adapters that are kept in their slots."),
     "lorafleet_requests": ("state", "Requests: running, waiting, waiting_for_adapter."),
@@ -45,9 +48,10 @@ COUNTERS = {
     "lorafleet_adapter_misses_total": ("tier", "Look-ups that did not."),
     "lorafleet_adapter_evictions_total": ("tier", "Adapters put out for others: slot, host."),
     "lorafleet_adapter_prefetches_total": ("", "Adapters brought to a slot ahead of a request that could run."),
-    "lorafleet_adapter_loads_total": ("tier", "Loads that succeeded: download, read, pack."),
+    "lorafleet_adapter_loads_total": ("tier", "Loads that succeeded: download, read, pack, slot (the copy to it)."),
     "lorafleet_adapter_load_failures_total": ("tier", "Loads that failed."),
     "lorafleet_adapter_load_bytes_total": ("tier", "Bytes of the loads that succeeded."),
+    "lorafleet_adapter_loading_seconds_total": ("tier", "Seconds that loads took, done or failed."),
     "lorafleet_adapter_failures_repeated_total": ("", "Requests answered with a remembered failure."),
     "lorafleet_tokens_total": ("kind", "Tokens computed: prompt, generated; reused ones were not."),
     "lorafleet_preemptions_total": ("", "Requests that gave up their KV pages to be computed again."),
@@ -82,11 +86,18 @@ def read(engine: Engine, *, refused: bool) -> Reading:
         ("lorafleet_tokens_total", "reused"): stats.reused_tokens,
         ("lorafleet_preemptions_total", ""): stats.preemptions,
     }
-    if parts.store is None:
+    if parts.store is None or parts.slots is None:
         return Reading(now, totals, {})
-    store = parts.store.stats()
+    store, slots = parts.store.stats(), parts.slots.stats()
     sources, host = store.sources, store.host
-    now[("lorafleet_adapter_failures_remembered", "")] = sources.remembered_failures
+    now |= {
+        ("lorafleet_adapters", "disk"): store.disk.adapters,
+        ("lorafleet_adapter_bytes", "disk"): store.disk.bytes,
+        ("lorafleet_adapter_bytes_budget", "disk"): store.disk.budget_bytes,
+        ("lorafleet_adapter_bytes", "slot"): slots.bytes,
+        ("lorafleet_adapter_bytes_budget", "slot"): slots.capacity_bytes,
+        ("lorafleet_adapter_failures_remembered", ""): sources.remembered_failures,
+    }
     totals |= {
         ("lorafleet_adapter_hits_total", "host"): host.hits,
         ("lorafleet_adapter_misses_total", "host"): host.misses,
@@ -95,28 +106,26 @@ def read(engine: Engine, *, refused: bool) -> Reading:
         ("lorafleet_adapter_misses_total", "disk"): sources.disk_misses,
         ("lorafleet_adapter_failures_repeated_total", ""): sources.failures_repeated,
     }
-    loads = {"download": sources.download, "read": sources.read, "pack": store.pack}
+    loads = {"download": sources.download, "read": sources.read, "pack": store.pack, "slot": slots.copies}
     for tier, load in loads.items():
         totals[("lorafleet_adapter_loads_total", tier)] = load.done
         totals[("lorafleet_adapter_load_failures_total", tier)] = load.failed
         totals[("lorafleet_adapter_load_bytes_total", tier)] = load.bytes
+        totals[("lorafleet_adapter_loading_seconds_total", tier)] = load.seconds
     return Reading(now, totals, loads)
 
 
 def durations(before: LoadTotals, after: LoadTotals) -> Iterator[float]:
-    """Seconds to observe for what was done between two readings: each in its bucket, exact when it was one thing."""
-    counts = [late - early for early, late in zip(before.by_seconds, after.by_seconds, strict=True)]
-    if sum(counts) == 1:
-        yield after.seconds - before.seconds
-        return
-    for place, count in enumerate(counts):
-        upper = SECONDS_BOUNDS[min(place, len(SECONDS_BOUNDS) - 1)]
-        for _ in range(count):
-            yield upper if place < len(SECONDS_BOUNDS) else 2 * upper
+    """Seconds to observe for what was done between two readings: those of one bucket as their mean, so that buckets and
+    sum are exact."""
+    buckets = zip(before.by_seconds, after.by_seconds, before.spent, after.spent, strict=True)
+    for count_before, count, spent_before, spent in buckets:
+        new = count - count_before
+        yield from [(spent - spent_before) / new] * new if new else ()
 
 
 class ReplicaMetrics:
-    """Publishes a reading every ``PERIOD_SECONDS``, which costs no request anything."""
+    """Publishes a reading every ``PERIOD_SECONDS``, which costs no request anything: a slow disk holds up a thread."""
 
     def __init__(self, engine: Engine, refused: Callable[[], str | None]) -> None:
         """Call it on the running loop of a Serve replica. refused: why a ``user_config`` is not in force."""
@@ -126,7 +135,8 @@ class ReplicaMetrics:
         self._tags = {name: tag for name, (tag, _) in (GAUGES | COUNTERS).items()}
         self._gauges = {name: metrics.Gauge(name, what, _keys(tag)) for name, (tag, what) in GAUGES.items()}
         self._counters = {name: metrics.Counter(name, what, _keys(tag)) for name, (tag, what) in COUNTERS.items()}
-        what = "How long loads took, done or failed; of several within two seconds the bucket is exact, the sum is not."
+        # Ray's exporter makes a histogram's sum from the buckets, so there is a counter of the seconds too.
+        what = "How long loads took, done or failed."
         self._seconds = metrics.Histogram(LOAD_SECONDS, what, list(SECONDS_BOUNDS), ("tier",))
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -135,9 +145,8 @@ class ReplicaMetrics:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def publish(self) -> None:
-        """One reading."""
-        reading = read(self._engine, refused=self._refused() is not None)
+    def publish(self, reading: Reading) -> None:
+        """Pass a reading on to Ray: what is now, and what came since the last one."""
         for (name, value), number in reading.now.items():
             self._gauges[name].set(number, self._labels(name, value))
         for (name, value), total in reading.totals.items():
@@ -155,7 +164,8 @@ class ReplicaMetrics:
     async def _run(self) -> None:
         while True:
             try:
-                self.publish()
+                refused = self._refused() is not None
+                self.publish(await asyncio.to_thread(read, self._engine, refused=refused))
             except Exception:  # metrics must not be what stops a replica
                 logger.exception("metrics could not be published")
             await asyncio.sleep(PERIOD_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapter_store.errors import AdapterError
-from adapter_store.load_stats import SECONDS_BOUNDS, LoadTotals
+from adapter_store.load_stats import LoadTotals
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError
 from deployments.replica_metrics import COUNTERS, GAUGES, durations, read
@@ -13,7 +13,7 @@ from deployments.service import CompletionService
 from engine.request import InvalidRequest
 from examples.demo.words import held_out_prompts
 
-from .conftest import DEMO
+from .conftest import DEMO, STORE
 
 PROMPT = held_out_prompts(1)[0]
 
@@ -49,19 +49,42 @@ async def test_requests_move_the_numbers_they_should(engine, service):
     assert after.now["lorafleet_adapters", "slot"] == 3
     assert after.now["lorafleet_adapter_bytes", "host"] > 0
     assert after.loads["pack"].done == after.totals["lorafleet_adapter_loads_total", "pack"] >= 1
+    assert after.totals["lorafleet_adapter_loading_seconds_total", "pack"] == after.loads["pack"].seconds > 0
 
 
-def test_durations_between_readings_are_exact_for_one_and_in_their_buckets_for_many():
-    none = LoadTotals()
-    assert list(durations(none, none)) == []
-    assert list(durations(none, LoadTotals.once(0.042, 1, done=True))) == [pytest.approx(0.042)]
-    many = (
-        LoadTotals.once(0.042, 1, done=True)
-        + LoadTotals.once(0.0005, 1, done=False)
-        + LoadTotals.once(1e4, 1, done=True)
+async def test_a_reading_tells_of_the_copies_to_slots_and_of_the_bytes_in_them(engine, service):
+    before = read(engine, refused=False)
+    for model in ("shout", "json", "spanish", "mirror"):  # three slots
+        await (await service.start(body(model=model), stream=False)).finished()
+    after = read(engine, refused=False)
+    copies = after.loads["slot"]
+    assert copies.done - before.loads["slot"].done == (
+        after.totals["lorafleet_adapter_misses_total", "slot"] - before.totals["lorafleet_adapter_misses_total", "slot"]
     )
-    assert sorted(durations(none, many)) == [0.001, 0.05, 2 * SECONDS_BOUNDS[-1]]
-    assert list(durations(LoadTotals.once(0.042, 1, done=True), many + none)) == [0.001, 600.0]
+    assert copies.done >= 1 and copies.seconds > 0
+    held, pool = after.now["lorafleet_adapter_bytes", "slot"], engine.parts.slots
+    assert held == sum(pool.layout.slab_elements(rank) for rank in pool.residency().adapters.values()) * 4
+    assert 0 < held <= after.now["lorafleet_adapter_bytes_budget", "slot"] == pool.arena.nbytes
+
+
+def test_a_reading_tells_of_the_disk(engine):
+    now = read(engine, refused=False).now
+    sizes = engine.parts.store.catalog.sources.disk.sizes()
+    assert now["lorafleet_adapters", "disk"] == len(sizes)
+    assert now["lorafleet_adapter_bytes", "disk"] == sum(sizes.values())
+    assert now["lorafleet_adapter_bytes_budget", "disk"] == STORE.cache_bytes
+
+
+def test_durations_between_readings_sum_up_and_lie_in_their_buckets():
+    def total(*seconds: float) -> LoadTotals:
+        return sum((LoadTotals.once(each, 1, done=each > 1) for each in seconds), LoadTotals())
+
+    assert list(durations(total(), total())) == []
+    before, new = total(0.03, 7.0), (0.042, 0.028, 0.049, 0.0005, 1e4)
+    seen = list(durations(before, before + total(*new)))
+    assert sum(seen) == pytest.approx(sum(new))
+    assert total(*seen).by_seconds == total(*new).by_seconds
+    assert list(durations(before, before + total(0.042))) == [pytest.approx(0.042)]
 
 
 async def test_a_request_is_told_once_with_its_tokens_whether_whole_streamed_or_left(told):
