@@ -13,8 +13,8 @@ from adapter_store.load_stats import LoadMeter, LoadTotals
 from adapter_store.packed import PackedAdapter
 
 
-class _Copy(NamedTuple):
-    """One under way. It keeps its adapter's memory until it is through."""
+class CopyUnderWay(NamedTuple):
+    """It keeps its adapter's memory until it is through."""
 
     begun: torch.cuda.Event
     through: torch.cuda.Event
@@ -27,7 +27,7 @@ class SlotCopies:
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self._stream = stream
-        self._under_way: deque[_Copy] = deque()
+        self._under_way: deque[CopyUnderWay] = deque()
         self._meter = LoadMeter()
 
     @property
@@ -64,7 +64,7 @@ class SlotCopies:
             for target, source in writes:
                 target.copy_(source, non_blocking=True)
             through.record(self._stream)
-        self._under_way.append(_Copy(begun, through, packed, done or _nothing))
+        self._under_way.append(CopyUnderWay(begun, through, packed, done or _nothing))
         return through
 
     def settle(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from adapter_store.errors import AdapterNotFound, PinRefused
 from adapter_store.packed import PackedAdapter
-from adapter_store.slots import Slot, SlotPool
+from adapter_store.slot_copies import CopyUnderWay, SlotCopies
 from engine.request import EngineDead
 from tests.engine.engines import answer, answers, ask, assert_same, expected, running, settings_for
 from tests.engine.oracle import ATTENTION, TinyAdapter, TinyModel, build_tiny_model
@@ -164,21 +164,28 @@ class _Later:
     def query(self) -> bool:
         return time.monotonic() >= self._at
 
+    def elapsed_time(self, later: _Later) -> float:
+        assert later.query(), "only what has happened tells its time"
+        return (later._at - self._at) * 1000
+
 
 async def test_an_unload_that_waits_for_a_copy_alone_is_answered_at_its_end(
     model: TinyModel, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing runs and nobody asks anything else meanwhile."""
-    load = SlotPool.load
+    start = SlotCopies.start
 
-    def slow(self: SlotPool, slot: Slot, packed: PackedAdapter, done: Callable[[], None]) -> None:
-        load(self, slot, packed)
-        self._copies.append((cast(Any, _Later(0.3)), packed, done))
+    def slow(self: SlotCopies, packed: PackedAdapter, writes: Any, *, done: Callable[[], None], **_: object) -> None:
+        start(self, packed, writes)
+        begun, through = cast(Any, _Later(0)), cast(Any, _Later(0.3))
+        self._under_way.append(CopyUnderWay(begun, through, packed, done))
 
-    monkeypatch.setattr(SlotPool, "load", slow)
+    monkeypatch.setattr(SlotCopies, "start", slow)
     async with running(settings_for(model, adapters)) as engine:
         assert await engine.prefetch("llama-tenant-0")
         (digest,) = engine.stats().resident
         assert engine.stats().host_referenced_bytes > 0
         assert await engine.unload(digest, wait_s=10)
         assert engine.stats().resident == engine.stats().host_cached == ()
+        assert engine.parts.slots is not None
+        assert engine.parts.slots.stats().copies.seconds >= 0.3
