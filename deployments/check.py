@@ -32,6 +32,7 @@ OURS = "deployments.app:build"
 OUR_PACKAGE = "deployments."
 LIVE_DEPLOYMENTS = ("Gateway", "LoraReplica")
 SHORT_PROMPT = 64  # tokens
+MAX_PORT = 65535
 
 
 def mistakes(file: Path) -> Iterator[str]:
@@ -45,8 +46,8 @@ def mistakes(file: Path) -> Iterator[str]:
     except ValidationError as error:
         yield from told(error, "", ServeDeploySchema)
         return
-    if taken := _port_taken(schema.http_options.host, schema.http_options.port):
-        yield taken
+    if wrong := _port_mistake(schema.http_options.host, schema.http_options.port):
+        yield wrong
     known = sorted(ServeApplicationSchema.model_fields)
     for number, (application, written) in enumerate(zip(schema.applications, config["applications"], strict=True)):
         place = f"applications.{number}"
@@ -138,11 +139,13 @@ def _is_ours(import_path: str) -> bool:
     return import_path.replace(":", ".") == OURS.replace(":", ".")  # Serve takes both
 
 
-def _port_taken(host: str | None, port: int | None) -> str | None:
+def _port_mistake(host: str | None, port: int) -> str | None:
+    if not 1 <= port <= MAX_PORT:
+        return f"http_options.port: {port} is no port: it must be from 1 to {MAX_PORT}"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host or "127.0.0.1", port or 8000))
+            probe.bind((host or "127.0.0.1", port))
         except OSError as error:
             reason = f"{host}:{port} cannot be used ({error.strerror})"
             return f"http_options: {reason}: stop what listens there, or change port"

@@ -19,7 +19,7 @@ def config(tmp_path, port=None, application=None, **args):
     made = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        made["http_options"]["port"] = port or probe.getsockname()[1]
+        made["http_options"]["port"] = probe.getsockname()[1] if port is None else port
     made["applications"][0]["args"] |= args
     made["applications"][0] |= application or {}
     file = tmp_path / "config.yaml"
@@ -99,6 +99,12 @@ def test_a_port_that_is_taken_is_told(tmp_path):
         port = other.getsockname()[1]
         (found,) = mistakes(config(tmp_path, port))
     assert f"127.0.0.1:{port} cannot be used" in found
+
+
+@pytest.mark.parametrize("port", [99_999, 65_536, -1, 0])
+def test_a_number_that_is_no_port_is_told_in_one_line(tmp_path, port):
+    (found,) = mistakes(config(tmp_path, port))
+    assert found == f"http_options.port: {port} is no port: it must be from 1 to 65535"
 
 
 def test_every_mistake_is_told():
