@@ -13,7 +13,7 @@ from adapter_store.names import NamedAdapter
 from adapter_store.source import AdapterRef, ResolvedAdapter
 from deployments.directory import AdapterDirectory, Feed
 from deployments.protocol.adapters import adapter_object
-from deployments.protocol.errors import ApiError, invalid
+from deployments.protocol.errors import ApiError, about_reference, invalid
 from deployments.replicas import Replicas
 
 # No colon: references have one, and so have actions such as ``name:pin``.
@@ -68,7 +68,10 @@ class AdapterAdmin:
         if known is not None and (known.origin != "runtime" or (known.ref != ref and not replace)):
             raise _exists(known)
         named = NamedAdapter(name, ref, "runtime")
-        await self._load(await self._directory.content(named))
+        try:
+            await self._load(await self._directory.content(named))
+        except AdapterError as error:
+            raise about_reference(error, str(ref)) from error
         await self._feed.declare(name, reference=str(ref))
         if pinned:
             try:

@@ -85,6 +85,14 @@ def _adapter_error(error: AdapterError) -> ApiError:
     return _try_again(str(error), "adapter_unavailable", param="model")
 
 
+def about_reference(error: AdapterError, reference: str) -> ApiError:
+    """The same for who declares ``reference``: a name that is new cannot be what is wrong."""
+    told = _adapter_error(error)
+    code = "adapter_not_found" if isinstance(error, AdapterNotFound) else told.code
+    message = f"reference {reference}: {error.reason}"
+    return ApiError(told.status, message, kind=told.kind, param="reference", code=code, headers=told.headers)
+
+
 def _try_again(message: str, code: str, *, param: str | None = None) -> ApiError:
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return ApiError(503, message, kind="server_error", param=param, code=code, headers=headers)

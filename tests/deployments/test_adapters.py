@@ -167,6 +167,15 @@ async def test_an_adapter_that_cannot_be_applied_whole_is_not_declared(gateway: 
     assert refused.status_code == 422 and "dora" in refused.json()["error"]["message"].lower()
     missing = await declare(gateway, "gone", Path("/no/such/folder"))
     assert missing.status_code == 404
+    error = missing.json()["error"]
+    assert (error["param"], error["code"]) == ("reference", "adapter_not_found")
+    assert "local:/no/such/folder: there is no adapter_config.json" in error["message"]
+    assert "'gone'" not in error["message"], "that the name is new is not the mistake"
+    half = published("half", like="shout")
+    (half / "adapter_model.safetensors").unlink()
+    refused = (await declare(gateway, "half", half)).json()["error"]
+    assert (refused["param"], refused["code"]) == ("reference", "adapter_refused")
+    assert f"{local(half)}: it has no adapter_model.safetensors" in refused["message"]
     assert gateway.feed.known.references() == {}
 
 
@@ -180,7 +189,7 @@ async def test_an_adapter_that_cannot_be_applied_whole_is_not_declared(gateway: 
         ({"name": "x"}, 400, "reference"),
         ({"name": "x", "reference": "hub:acme/x", "pined": True}, 400, "pined"),
         ({"name": "shout", "reference": "hub:acme/x", "replace": True}, 409, None),
-        ({"name": "x", "reference": "hub:acme/x"}, 503, "model"),  # nothing listens there
+        ({"name": "x", "reference": "hub:acme/x"}, 503, "reference"),  # nothing listens there
     ],
 )
 async def test_a_wrong_declaration_is_refused_by_its_field(gateway: Gateway, body, status, param):
