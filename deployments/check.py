@@ -1,6 +1,6 @@
 """Look at a configuration file before Serve does, where a mistake can still stop the start.
 
-    python -m deployments.check serve_config.yaml
+    python -m deployments.check [--running] serve_config.yaml
 
 Prints one line a mistake and exits with 1; a line that starts with "warning:" stops nothing. Ray Serve itself reports
 a bad ``args`` in its log and keeps running, and shares a port that another server listens on without a word.
@@ -8,6 +8,7 @@ a bad ``args`` in its log and keeps running, and shares a port that another serv
 
 from __future__ import annotations
 
+import argparse
 import socket
 import sys
 from collections.abc import Iterator
@@ -22,23 +23,28 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from adapter_store.digest import CONFIG_FILE
 from adapter_store.names import AdapterNames
 from adapter_store.source import AdapterRef
+from deployments.config_file import repeated_keys, unknown_keys
 from deployments.directory import check_names
 from deployments.live import with_live
-from deployments.mistakes import told, unknown
+from deployments.mistakes import told
 from deployments.settings import FleetSettings
 from engine.spec import ModelSpec
 
 OURS = "deployments.app:build"
 OUR_PACKAGE = "deployments."
-LIVE_DEPLOYMENTS = ("Gateway", "LoraReplica")
+OUR_DEPLOYMENTS = ("Gateway", "LoraReplica")
 SHORT_PROMPT = 64  # tokens
 MAX_PORT = 65535
 
 
-def mistakes(file: Path) -> Iterator[str]:
-    """What is wrong with the file, and with what it points to on this machine."""
+def mistakes(file: Path, *, running: bool = False) -> Iterator[str]:
+    """What is wrong with the file, and with what it points to on this machine.
+
+    running: the file is for a server that runs, so that its port is in use as it should be.
+    """
     try:
-        config = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        config = yaml.safe_load(text)
         schema = ServeDeploySchema.model_validate(config)
     except (OSError, yaml.YAMLError) as error:
         yield str(error)
@@ -46,17 +52,16 @@ def mistakes(file: Path) -> Iterator[str]:
     except ValidationError as error:
         yield from told(error, "", ServeDeploySchema)
         return
-    if wrong := _port_mistake(schema.http_options.host, schema.http_options.port):
+    yield from repeated_keys(text)
+    yield from unknown_keys(config)
+    if wrong := _port_mistake(schema.http_options.host, schema.http_options.port, running):
         yield wrong
-    known = sorted(ServeApplicationSchema.model_fields)
-    for number, (application, written) in enumerate(zip(schema.applications, config["applications"], strict=True)):
+    for number, application in enumerate(schema.applications):
         place = f"applications.{number}"
-        for key in sorted(map(str, set(written) - set(known))):  # Serve passes over them
-            yield f"{place}.{key}: {unknown(known)}"
         path = application.import_path
         if _is_ours(path):
             yield from application_mistakes(application.args)
-            yield from user_config_mistakes(application, place)
+            yield from deployment_mistakes(application, place)
         elif path.startswith(OUR_PACKAGE):
             yield f"{place}.import_path: there is no application at {path!r}: write {OURS}"
 
@@ -79,15 +84,19 @@ def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
     yield from adapter_mistakes(settings, "args")
 
 
-def user_config_mistakes(application: ServeApplicationSchema, place: str) -> Iterator[str]:
-    """What is wrong with the ``user_config`` of an application's deployments."""
+def deployment_mistakes(application: ServeApplicationSchema, place: str) -> Iterator[str]:
+    """What is wrong with an application's deployments: their names, and their ``user_config``."""
     try:
         args = FleetSettings.model_validate(application.args)
     except ValidationError:
-        return  # told already
+        args = None  # told already
     for number, deployment in enumerate(application.deployments):
         where = f"{place}.deployments.{number}"
-        if not isinstance(deployment.user_config, dict) or deployment.name not in LIVE_DEPLOYMENTS:
+        if deployment.name not in OUR_DEPLOYMENTS:
+            known = " and ".join(OUR_DEPLOYMENTS)
+            yield f"{where}.name: there is no deployment {deployment.name!r}: the application has {known}"
+            continue
+        if args is None or not isinstance(deployment.user_config, dict):
             continue
         try:
             settings = with_live(args, deployment.user_config)
@@ -139,25 +148,30 @@ def _is_ours(import_path: str) -> bool:
     return import_path.replace(":", ".") == OURS.replace(":", ".")  # Serve takes both
 
 
-def _port_mistake(host: str | None, port: int) -> str | None:
+def _port_mistake(host: str | None, port: int, running: bool) -> str | None:
     if not 1 <= port <= MAX_PORT:
         return f"http_options.port: {port} is no port: it must be from 1 to {MAX_PORT}"
+    if running:
+        return None
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host or "127.0.0.1", port))
         except OSError as error:
             reason = f"{host}:{port} cannot be used ({error.strerror})"
-            return f"http_options: {reason}: stop what listens there, or change port"
+            remedy = "stop what listens there, change port, or say --running if it is the server to be changed"
+            return f"http_options: {reason}: {remedy}"
     return None
 
 
 def main() -> None:
     """Check the file that the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m deployments.check FILE")
-    file = Path(sys.argv[1])
-    found = list(mistakes(file))
+    parser = argparse.ArgumentParser(prog="python -m deployments.check", description="Find mistakes before Serve does.")
+    parser.add_argument("file", type=Path, help="Serve's configuration file")
+    parser.add_argument("--running", action="store_true", help="for a server that runs: its port may be in use")
+    arguments = parser.parse_args()
+    file: Path = arguments.file
+    found = list(mistakes(file, running=arguments.running))
     for mistake in found:
         print(f"{file}: {mistake}", file=sys.stderr)
     if not found:

@@ -27,8 +27,8 @@ def config(tmp_path, port=None, application=None, **args):
     return file
 
 
-def checked(file):
-    command = [sys.executable, "-m", "deployments.check", str(file)]
+def checked(file, *options):
+    command = [sys.executable, "-m", "deployments.check", *options, str(file)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -70,6 +70,11 @@ def test_a_mistake_is_told_in_one_line(args, said):
         ({"import_path": "deployments.ap:build"}, ".import_path: there is no application at 'deployments.ap:build'"),
         ({"agrs": {"model": "x"}}, ".agrs: unknown key; known are args, autoscaling_policy, deployments, "),
         ({"import_path": "deployments.app.build", "args": {"model": "/no/such/model"}}, None),
+        ({"deployments": [{"name": "Gatway"}]}, ".deployments.0.name: there is no deployment 'Gatway'"),
+        (
+            {"deployments": [{"name": "Gateway", "user_confg": {}}]},
+            ".deployments.0.user_confg: unknown key; known are ",
+        ),
         ({"import_path": None}, ".import_path: Input should be a valid string"),
         ({"args": None}, ".args: Input should be a valid dictionary"),
     ],
@@ -97,14 +102,51 @@ def test_a_port_that_is_taken_is_told(tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        (found,) = mistakes(config(tmp_path, port))
+        file = config(tmp_path, port)
+        (found,) = mistakes(file)
+        running = checked(file, "--running")
     assert f"127.0.0.1:{port} cannot be used" in found
+    assert (running.returncode, running.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("port", [99_999, 65_536, -1, 0])
 def test_a_number_that_is_no_port_is_told_in_one_line(tmp_path, port):
     (found,) = mistakes(config(tmp_path, port))
     assert found == f"http_options.port: {port} is no port: it must be from 1 to 65535"
+
+
+def test_keys_that_serve_would_pass_over_are_told(tmp_path):
+    file = config(tmp_path)
+    shape = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(shape | {"http_option": {}, "http_options": shape["http_options"] | {"prot": 1}}))
+    top, inner = mistakes(file)
+    assert top.startswith("http_option: unknown key; known are applications, ")
+    assert inner.startswith("http_options.prot: unknown key; known are host, ")
+
+
+def test_a_key_that_is_written_twice_is_told_with_its_lines(tmp_path):
+    file = config(tmp_path)
+    text = file.read_text()
+    file.write_text(text.replace("      max_rows:", "      max_rows: 4\n      max_rows:"))
+    line = 1 + text.splitlines().index("      max_rows: 16")
+    (found,) = mistakes(file)
+    assert found.startswith(f"applications.0.args.engine.max_rows: written in line {line} and again in line {line + 1}")
+
+
+def test_a_key_that_is_written_twice_in_one_line_is_told(tmp_path):
+    file = config(tmp_path)
+    file.write_text(file.read_text() + "logging_config: {log_level: INFO, log_level: DEBUG}\n")
+    (found,) = mistakes(file)
+    assert found.startswith("logging_config.log_level: written in line ")
+
+
+def test_one_user_config_for_both_deployments_is_no_repetition(tmp_path):
+    file = config(tmp_path)
+    gateway, replica = "{name: Gateway, user_config: &live {allow: []}}", "{name: LoraReplica, user_config: *live}"
+    live = f"  deployments:\n  - {gateway}\n  - {replica}\n"
+    file.write_text(file.read_text().replace("  name: lorafleet\n", "  name: lorafleet\n" + live))
+    assert "*live" in file.read_text()
+    assert list(mistakes(file)) == []
 
 
 def test_every_mistake_is_told():
