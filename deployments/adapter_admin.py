@@ -244,6 +244,5 @@ def _exists(known: NamedAdapter) -> ApiError:
         "configured": ("configured", "change it there, or choose another name"),
         "folder": ("in an adapter folder", "change it there, or choose another name"),
     }.get(known.origin, ("declared at run time", "set replace to true to let it stand for something else"))
-    return ApiError(
-        409, f"adapter {known.name!r} exists already, {where} as {known.ref}: {remedy}", code="adapter_exists"
-    )
+    message = f"adapter {known.name!r} exists already, {where} as {known.ref}: {remedy}"
+    return ApiError(409, message, param="replace" if known.origin == "runtime" else None, code="adapter_exists")

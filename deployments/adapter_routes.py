@@ -77,7 +77,7 @@ def add_adapter_routes(
         try:
             added = await admin.declare(body.lora_name, lora_reference(body.lora_path), replace=body.load_inplace)
             if not added.new and not body.load_inplace:
-                raise ApiError(409, "it is declared already", code="adapter_exists")
+                raise ApiError(409, "it is declared already", param="replace", code="adapter_exists")
             if not added.new:
                 await admin.refresh(body.lora_name)
         except Exception as error:
@@ -144,7 +144,7 @@ def _vllm_refusal(error: Exception, name: str) -> JSONResponse:
     told = from_exception(error)
     if told.code == "internal_error":
         raise error  # logged, and told in the envelope that every such error has
-    if told.code == "adapter_exists":
+    if told.code == "adapter_exists" and told.param == "replace":  # else load_inplace is no remedy
         remedy = "If you want to load the adapter in place, set 'load_inplace' to True."
         return _vllm_error(400, f"The lora adapter '{name}' has already been loaded. {remedy}", "InvalidUserInput")
     kinds = {404: "NotFoundError", 409: "InvalidUserInput", 400: "InvalidUserInput", 422: "BadRequestError"}

@@ -346,6 +346,12 @@ async def test_vllms_refusals(gateway: Gateway, published):
     dora = published("dora", like="shout", use_dora=True)
     status, error = await vllm(gateway, "load", lora_name="x", lora_path=str(dora))
     assert (status, error["type"]) == (400, "BadRequestError") and "dora" in error["message"].lower()
+    for in_place in (False, True):  # in the settings or a folder: nothing that this endpoint can change
+        body = {"lora_name": "shout", "lora_path": str(dora), "load_inplace": in_place}
+        status, error = await vllm(gateway, "load", **body)
+        assert (status, error["type"]) == (400, "InvalidUserInput")
+        assert error["message"] == (await declare(gateway, "shout", dora)).json()["error"]["message"]
+        assert "in an adapter folder" in error["message"] and "load_inplace" not in error["message"]
     status, error = await vllm(gateway, "unload", lora_name="shout")
     assert (status, error["type"]) == (400, "InvalidUserInput")
 
