@@ -27,14 +27,19 @@ def add_adapter_routes(
     """access: who may use them. refused: why the last ``user_config`` is not in force, for listings."""
 
     def allowed(request: Request) -> None:
-        if access == "off" or (access == "loopback" and not from_this_machine(request)):
-            raise ApiError(
-                403,
-                "adapters are administered from the server's own machine only: the setting gateway.admin is "
-                f"{access!r}; 'on' lets everybody who can reach the server in, as there are no API keys yet",
-                kind="permission_error",
-                code="admin_disabled",
+        if access == "off":
+            message = (
+                "nobody administers adapters over HTTP here: the setting gateway.admin is 'off'; 'loopback' lets "
+                "clients of the server's own machine in, 'on' everybody who can reach the server"
             )
+        elif access == "loopback" and not from_this_machine(request):
+            message = (
+                "adapters are administered from the server's own machine only: the setting gateway.admin is "
+                "'loopback'; 'on' lets everybody who can reach the server in, as there are no API keys yet"
+            )
+        else:
+            return
+        raise ApiError(403, message, kind="permission_error", code="admin_disabled")
 
     router = APIRouter(prefix="/v1", dependencies=[Depends(allowed)])
     actions: dict[str, Callable[[str], Awaitable[dict[str, Any]]]] = {

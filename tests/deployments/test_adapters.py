@@ -381,6 +381,9 @@ async def test_who_may_administer(fleet, hub, access, client, headers, status):
         if status == 403:
             for path in ("/v1/adapters", "/v1/adapters/shout:pin", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
                 refused = await http.post(path, json={}, headers=headers)
-                assert refused.json()["error"]["code"] == "admin_disabled"
+                error = refused.json()["error"]
+                assert error["code"] == "admin_disabled"
+                assert ("machine only" in error["message"]) == (access == "loopback")
+                assert "'on'" in error["message"] and "'loopback'" in error["message"]
             assert (await http.get("/v1/models", headers=headers)).status_code == 200
     await gateway.close()
