@@ -19,6 +19,7 @@ from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
+from adapter_store.schemes import EXTRAS, scheme_mistake
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _Info = Mapping[str, Any]
 
-#: The extra that brings a scheme's package.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 # What tells one state of an object from the next, as file systems call it; times where nothing better is there.
 _STRONG = (
     "VersionId",
@@ -168,9 +167,11 @@ def _translate(name: str, ref: AdapterRef, error: Exception) -> NoReturn:
             "store.sources names for it give access",
         ) from None
     if isinstance(error, ImportError):
-        extra = _EXTRAS.get(ref.source)
+        extra = EXTRAS.get(ref.source)
         remedy = f"pip install lorafleet[{extra}]" if extra else f"install fsspec's package for {ref.source}://"
-        raise AdapterUnavailable(name, f"{place} cannot be read on this machine: {remedy}") from None
+        raise AdapterRefused(name, f"{place} cannot be read on this machine: {remedy}") from None
+    if isinstance(error, ValueError) and (mistake := scheme_mistake(ref.source)) is not None:
+        raise AdapterRefused(name, mistake) from None
     if isinstance(error, _NoCredential):
         raise AdapterUnavailable(name, f"{place} cannot be read: {error}") from None
     failure = AdapterUnavailable(name, f"{place} could not be read ({kind})")
@@ -190,11 +191,11 @@ def _state(info: _Info) -> str | None:
 
 def _defaults(scheme: str, timeout_s: float) -> dict[str, Any]:
     """One try an exchange, for we try again ourselves, and an end to silence."""
-    if _EXTRAS.get(scheme) == "s3":
+    if EXTRAS.get(scheme) == "s3":
         retries = {"max_attempts": 0}
         limits = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": retries}
         return {"config_kwargs": limits | {"max_pool_connections": 64}}
-    return {"requests_timeout": timeout_s} if _EXTRAS.get(scheme) == "gs" else {}
+    return {"requests_timeout": timeout_s} if EXTRAS.get(scheme) == "gs" else {}
 
 
 def _open(scheme: str, options: Mapping[str, Any]) -> AbstractFileSystem:

@@ -10,6 +10,7 @@ from typing import Any
 
 from adapter_store.errors import AdapterError
 from adapter_store.names import NamedAdapter
+from adapter_store.schemes import scheme_mistake
 from adapter_store.source import AdapterRef, ResolvedAdapter
 from deployments.directory import AdapterDirectory, Feed
 from deployments.protocol.adapters import adapter_object
@@ -64,6 +65,8 @@ class AdapterAdmin:
             ref = self._directory.catalog.rooted(AdapterRef.parse(reference))
         except ValueError as error:
             raise invalid("reference", str(error)) from error
+        if (mistake := scheme_mistake(ref.source)) is not None:
+            raise invalid("reference", f"reference {ref}: {mistake}")
         known = await self._known(name)
         if known is not None and (known.origin != "runtime" or (known.ref != ref and not replace)):
             raise _exists(known)

@@ -339,9 +339,9 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(fsspec.registry._registry if hasattr(fsspec.registry, "_registry") else {}, "gs", raising=False)
     settings = StoreSettings(root=tmp_path)
     store = RemoteSource(settings, ObjectClient(settings), DiskCache(tmp_path / "cache", 1 << 30))
-    with pytest.raises(AdapterUnavailable, match=r"pip install lorafleet\[gs\]"):
+    with pytest.raises(AdapterRefused, match=r"pip install lorafleet\[gs\]"):
         store.resolve("x", AdapterRef.parse("gs://acme/shout"))
-    with pytest.raises(AdapterUnavailable, match="nosuch"):
+    with pytest.raises(AdapterRefused, match="no scheme 'nosuch'.* s3://"):
         store.resolve("x", AdapterRef.parse("nosuch://acme/shout"))
 
 

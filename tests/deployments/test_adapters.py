@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,18 @@ async def test_an_adapter_that_cannot_be_applied_whole_is_not_declared(gateway: 
 async def test_a_wrong_declaration_is_refused_by_its_field(gateway: Gateway, body, status, param):
     response = await gateway.http.post("/v1/adapters", json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param), response.text
+
+
+async def test_a_scheme_that_there_is_not_is_told_from_a_package_that_is_missing(gateway: Gateway, monkeypatch):
+    body = {"name": "x", "reference": "ftpp://bucket/prefix"}
+    unknown = await gateway.http.post("/v1/adapters", json=body)
+    error = unknown.json()["error"]
+    assert (unknown.status_code, error["param"]) == (400, "reference")
+    assert "'ftpp'" in error["message"] and "s3://" in error["message"] and "abfs" in error["message"]
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    missing = await gateway.http.post("/v1/adapters", json=body | {"reference": "gs://bucket/prefix"})
+    assert missing.status_code == 422 and "retry-after" not in missing.headers, "waiting installs nothing"
+    assert "pip install lorafleet[gs]" in missing.json()["error"]["message"]
 
 
 async def test_the_same_again_is_fine_and_something_else_needs_replace(gateway: Gateway, published):

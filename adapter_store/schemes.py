@@ -1,0 +1,20 @@
+"""The schemes of references to object stores."""
+
+from __future__ import annotations
+
+#: The extra that brings a scheme's package.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+
+
+def scheme_mistake(scheme: str) -> str | None:
+    """What to say of a scheme that no reference can have, whatever is installed; None when there is nothing to say."""
+    try:
+        from fsspec import available_protocols  # noqa: PLC0415 - needed for references to object stores alone
+        from fsspec.registry import registry  # noqa: PLC0415
+    except ImportError:
+        return None  # not installed: that is said when the file system is opened
+    known = {*available_protocols(), *registry}
+    if scheme in {"local", "hub"} or scheme in known:
+        return None
+    others = ", ".join(sorted(known - EXTRAS.keys() - {"local"}))
+    return f"there is no scheme {scheme!r}; known are local:, hub:, s3://, gs://, and fsspec's others: {others}"
