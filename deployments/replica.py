@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +35,8 @@ class LoraReplica:
     """Serve deployment: one engine. Called by the gateway only, through ``AdapterRouter``."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:
+        self._open = AsyncExitStack()  # what is there to close, also of a replica that could not be made
+        self._draining = False
         parsed = FleetSettings.model_validate(settings)
         self._name = serve.get_replica_context().replica_id.unique_id
         self._config = LiveConfig(parsed)
@@ -42,12 +44,12 @@ class LoraReplica:
         engine_settings = parsed.engine_settings()
         self._capacity = engine_settings.max_rows + engine_settings.max_waiting
         self._streams = 0
-        self._draining = False
         self._saturated = False
         self._loop = asyncio.get_running_loop()
         hub: Any = serve.get_deployment_actor(HUB_NAME)
         self._hub_name = await hub.name.remote()
         self._engine = Engine(engine_settings, self._on_residency)
+        self._open.push_async_callback(self._engine.close)
         await self._engine.start()
         self._adapters = ReplicaAdapters(self._engine)
         self._feed = DeclarationFeed(_own_hub, self._hear)
@@ -56,9 +58,13 @@ class LoraReplica:
         if store is not None:
             refresh_s = engine_settings.store.hub_refresh_s
             self._pins = PinKeeper(self._engine, store.catalog, self._feed.known.pinned, refresh_s)
+            self._open.push_async_callback(self._pins.close)
         self._feed.start()
+        self._open.push_async_callback(self._feed.close)
         self._metrics = ReplicaMetrics(self._engine, lambda: self._config.refused)
+        self._open.push_async_callback(self._metrics.close)
         self._publisher = ResidencyPublisher(self._news, lambda: serve.get_deployment_actor(HUB_NAME))
+        self._open.push_async_callback(self._publisher.close)
         logger.info("ready: %s can be asked now", parsed.base_model_name)
 
     async def stream(
@@ -123,14 +129,9 @@ class LoraReplica:
         return {"residency_hub": self._hub_name}
 
     async def __del__(self) -> None:
-        """Called by Serve when the replica has drained."""
+        """Called by Serve when the replica has drained, or could not be made."""
         self._draining = True
-        await self._feed.close()
-        if self._pins is not None:
-            await self._pins.close()
-        await self._metrics.close()
-        await self._publisher.close()
-        await self._engine.close()
+        await self._open.aclose()
 
     def _apply(self, settings: FleetSettings) -> None:
         store = self._engine.parts.store
