@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from adapter_store.catalog import Catalog
@@ -12,13 +14,16 @@ from adapter_store.errors import AdapterNotFound, AdapterUnavailable
 from adapter_store.fair_threads import FairThreads
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
-from adapter_store.source import ResolvedAdapter
+from adapter_store.source import AdapterRef, ResolvedAdapter
 from deployments.declarations import Declaration, Declarations
 
 T = TypeVar("T")
 
 # Sources (a Hub organisation, a bucket) that may be silent at once before a look-up at another one has to wait.
 _SOURCES_AT_ONCE = 4
+# Characters of a name that is compared with others, and how many others.
+_MAX_SLIP = 64
+_MAX_COMPARED = 500
 
 
 class Feed(Protocol):
@@ -45,12 +50,16 @@ class AdapterDirectory:
     one pool, text and local look-ups in another, so that a slow source holds up nobody else.
     """
 
-    def __init__(self, base_model: str, catalog: Catalog, threads: int = 8) -> None:
-        """Raises ValueError when an adapter has the base model's name."""
+    def __init__(self, base_model: str, catalog: Catalog, threads: int = 8, *, declares: bool = False) -> None:
+        """declares: whether adapters can be declared over HTTP, for what is said of a name that there is not.
+
+        Raises ValueError when an adapter has the base model's name.
+        """
         check_names(base_model, catalog.names())
         self.base_model = base_model
         self.catalog = catalog
         self.feed: Feed | None = None
+        self._declares = declares
         self._text_pool = ThreadPoolExecutor(threads, "text")
         self._network_threads = FairThreads(_SOURCES_AT_ONCE * threads, threads, "sources")
 
@@ -74,13 +83,13 @@ class AdapterDirectory:
     async def named(self, name: str) -> NamedAdapter:
         """What the name stands for. Raises AdapterNotFound, and AdapterUnavailable while that cannot be known yet."""
         try:
-            return await self.in_text_pool(self.catalog.named, name)
+            return await self.in_text_pool(self._named, name)
         except AdapterNotFound:
             if self.feed is None or self.feed.heard:
                 raise
         if not await self.feed.wait_heard():
             raise AdapterUnavailable(name, "what was declared at run time is not known here yet: try again in a moment")
-        return await self.in_text_pool(self.catalog.named, name)
+        return await self.in_text_pool(self._named, name)
 
     async def resolve(self, model: str, gone: str | None = None) -> ResolvedAdapter | None:
         """The content that a client's name means now; None for the base model. Raises what ``Catalog.resolve`` does.
@@ -116,11 +125,30 @@ class AdapterDirectory:
         self._network_threads.close()
         self.catalog.close()
 
+    def _named(self, name: str) -> NamedAdapter:
+        try:
+            return self.catalog.named(name)
+        except AdapterNotFound as error:
+            if AdapterRef.is_meant(name):
+                raise
+            near = near_miss(name, [self.base_model, *self.catalog.names()])
+            hint = f"did you mean {near!r}? " if near is not None else ""
+            remedy = ", or declare it with POST /v1/adapters" if self._declares else ""
+            raise AdapterNotFound(name, f"{hint}{error.reason}{remedy}") from None
+
     def _named_or_none(self, name: str) -> NamedAdapter | None:
         try:
             return self.catalog.named(name)
         except AdapterNotFound:
             return None
+
+
+def near_miss(name: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that ``name`` may be a slip of. Bounded: clients make up names as they like."""
+    if len(name) > _MAX_SLIP:
+        return None
+    alike = (one for one in names if abs(len(one) - len(name)) <= 2)
+    return next(iter(get_close_matches(name, islice(alike, _MAX_COMPARED), 1, 0.7)), None)
 
 
 def check_names(base_model: str, names: Iterable[str]) -> None:

@@ -55,7 +55,8 @@ class Gateway:
         limits = args.service_limits()
         self._replicas = replicas
         self._config = LiveConfig(args)
-        self._directory = AdapterDirectory(args.base_model_name, Catalog(args.store_settings()), limits.threads)
+        catalog, declares = Catalog(args.store_settings()), args.gateway.admin != "off"
+        self._directory = AdapterDirectory(args.base_model_name, catalog, limits.threads, declares=declares)
         self._feed = DeclarationFeed(self._find_hub, self._directory.hear)
         self._directory.feed = self._feed
         self._service = CompletionService(

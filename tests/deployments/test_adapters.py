@@ -36,7 +36,7 @@ class Gateway:
 
     def __init__(self, fleet, hub: LocalHub, access="loopback") -> None:
         self.fleet, self.hub = fleet, hub
-        self.directory = AdapterDirectory(BASE_MODEL, Catalog(STORE), 2)
+        self.directory = AdapterDirectory(BASE_MODEL, Catalog(STORE), 2, declares=access != "off")
         self.feed = self.directory.feed = DeclarationFeed(self._find, self.directory.hear)
         self.service = CompletionService(self.directory, DEMO / "model", fleet, fleet.engine.max_model_len)
         app = create_http_app(self.service)
@@ -154,6 +154,25 @@ async def test_a_declared_adapter_is_served_listed_and_gone_after_delete(gateway
     assert (await gateway.http.delete("/v1/adapters/acme/loud")).status_code == 404
     assert (await declare(gateway, "acme/loud", folder)).status_code == 201
     assert await gateway.text("acme/loud") == answer(PROMPT, "shout")
+
+
+async def test_an_unknown_name_is_told_what_could_be_meant_and_how_it_would_come_about(gateway: Gateway, published):
+    async def told(name: str, at: Gateway) -> str:
+        response = await at.http.post("/v1/completions", json={"model": name} | GREEDY)
+        assert response.status_code == 404
+        return response.json()["error"]["message"]
+
+    assert "did you mean 'shout'?" in await told("shuot", gateway)
+    assert f"did you mean {BASE_MODEL!r}?" in await told(BASE_MODEL.title(), gateway)
+    await declare(gateway, "acme-billing", published("billing", like="json"))
+    slip = await told("acme_billing", gateway)
+    assert "did you mean 'acme-billing'?" in slip and "POST /v1/adapters" in slip
+    far = await told("nobody", gateway)
+    assert "did you mean" not in far and "POST /v1/adapters" in far
+    assert "did you mean" not in await told("hub:other/shout", gateway)
+    closed = await Gateway(gateway.fleet, gateway.hub, "off").start()
+    assert "POST /v1/adapters" not in await told("nobody", closed)
+    await closed.close()
 
 
 async def test_a_list_comes_in_pages(gateway: Gateway):
