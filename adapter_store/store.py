@@ -40,12 +40,7 @@ class AdapterStore:
         RuntimeError when there is not so much of that.
         """
         self.catalog = Catalog(settings)
-        least = layout.slab_elements(max_rank) * dtype.itemsize + ROOM_ALIGNMENT
-        if settings.host_cache_bytes < least:
-            raise ValueError(
-                f"store.host_cache_bytes is {settings.host_cache_bytes} but one adapter of rank {max_rank} needs "
-                f"{least} bytes of host memory on its way to a slot: raise it, or lower the ranks of slots"
-            )
+        check_host_cache(settings.host_cache_bytes, layout, dtype, max_rank)
         self.host_cache = HostCache(settings.host_cache_bytes, pin_memory=pin_memory, eviction=eviction)
         self._layout = layout
         self._dtype = dtype
@@ -155,6 +150,16 @@ class AdapterStore:
             self._failures.add(resolved.digest, error)
             raise
         return allocation.keep(replace(packed, load_seconds=time.monotonic() - started))
+
+
+def check_host_cache(host_cache_bytes: int, layout: AdapterLayout, dtype: torch.dtype, max_rank: int) -> None:
+    """Raises ValueError when an adapter of ``max_rank`` would not fit into a host cache of so many bytes."""
+    least = layout.slab_elements(max_rank) * dtype.itemsize + ROOM_ALIGNMENT
+    if host_cache_bytes < least:
+        raise ValueError(
+            f"store.host_cache_bytes is {host_cache_bytes} but one adapter of rank {max_rank} needs "
+            f"{least} bytes of host memory on its way to a slot: raise it, or lower the ranks of slots"
+        )
 
 
 def _trusted_ref(adapter: str, digest: str | None) -> AdapterRef | None:

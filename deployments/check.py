@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
@@ -23,11 +24,15 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 from adapter_store.digest import CONFIG_FILE
 from adapter_store.names import AdapterNames
 from adapter_store.source import AdapterRef
+from adapter_store.store import check_host_cache
 from deployments.config_file import repeated_keys, unknown_keys
 from deployments.directory import check_names
 from deployments.live import with_live
 from deployments.mistakes import told
 from deployments.settings import FleetSettings
+from engine.lora_targets import adapter_layout
+from engine.parts import dtype_on
+from engine.settings import EngineSettings
 from engine.spec import ModelSpec
 
 OURS = "deployments.app:build"
@@ -81,7 +86,24 @@ def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
         asked = settings.engine_settings().max_model_len
         if asked is not None and asked > spec.max_position_embeddings:
             yield f"args.engine.max_model_len: {asked} is more than the model's {spec.max_position_embeddings}"
+        needs = host_cache_needs(settings.engine_settings(), spec)
+        if all(needs.values()):
+            yield f"args.{needs.popitem()[1]}"
     yield from adapter_mistakes(settings, "args")
+
+
+def host_cache_needs(engine: EngineSettings, spec: ModelSpec) -> dict[str, str | None]:
+    """For each kind of device that the engine may run on: what is wrong with ``store.host_cache_bytes`` there."""
+    found: dict[str, str | None] = {}
+    for kind in ("cpu", "cuda") if engine.device == "auto" else (engine.device,):
+        found[kind] = None
+        dtype = dtype_on(engine, torch.device(kind))
+        try:
+            if engine.slots:
+                check_host_cache(engine.store.host_cache_bytes, adapter_layout(spec), dtype, engine.max_rank)
+        except ValueError as error:
+            found[kind] = str(error)
+    return found
 
 
 def deployment_mistakes(application: ServeApplicationSchema, place: str) -> Iterator[str]:
@@ -134,6 +156,9 @@ def application_warnings(args: dict[str, Any]) -> Iterator[str]:
     """The same for the ``args`` of one application."""
     settings = FleetSettings.model_validate(args)
     engine = settings.engine_settings()
+    for kind, need in host_cache_needs(engine, ModelSpec.from_dir(settings.model_folder())).items():
+        if need is not None:
+            yield f"args.{need} (where the engine runs on {kind})"
     if engine.num_pages is None:
         return
     room, wanted = engine.num_pages * engine.page_size, min(SHORT_PROMPT, settings.max_model_len())

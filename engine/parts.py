@@ -59,7 +59,7 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     if settings.model_name is not None:
         spec = replace(spec, name=settings.model_name)
     tokenizer = _tokenizer(settings)
-    dtype = _dtype(settings, device)
+    dtype = dtype_on(settings, device)
     max_model_len = spec.context(settings.max_model_len)
     model = DecoderModel(spec, dtype, device, max_model_len)
     if settings.load_random_weights:
@@ -111,7 +111,8 @@ def _device(settings: EngineSettings) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
+def dtype_on(settings: EngineSettings, device: torch.device) -> torch.dtype:
+    """What weights, activations and adapters are kept in on such a device, be there one here or not."""
     if settings.dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, settings.dtype)

@@ -54,6 +54,10 @@ def test_the_shipped_configuration_has_no_mistake(tmp_path):
         ({"allow": ["acme/*"]}, "args.allow: 'acme/*' must start with"),
         ({"model": "/no/such/model"}, "args.model: "),
         ({"engine": {"max_model_len": 100_000}}, "args.engine.max_model_len: 100000 is more than the model's 512"),
+        (
+            {"engine": {"slots": {8: 4, 64: 1}}, "store": {"host_cache_bytes": 1000}},
+            "args.store.host_cache_bytes is 1000 but one adapter of rank 64 needs ",
+        ),
         ({"adapter_folders": ["/does/not/exist"]}, "args.adapter_folders: there is no folder /does/not/exist"),
         ({"adapters": {"gone": "local:/no/folder"}}, "args.adapters['gone']: there is no adapter_config.json in /no/"),
     ],
@@ -175,6 +179,25 @@ def test_a_cache_for_less_than_a_short_prompt_is_warned_of(engine, said):
     assert list(application_mistakes(args)) == []
     found = list(application_warnings(args))
     assert len(found) == (said is not None) and all(f"args.engine.num_pages: {said}" in one for one in found), found
+
+
+@pytest.mark.parametrize("engine", [{"slots": {64: 1}}, {"slots": {64: 1}, "device": "cpu"}, {"slots": {}}])
+def test_the_smallest_host_cache_without_mistake_is_what_a_store_takes(engine):
+    def said(host_cache_bytes):
+        store = {"host_cache_bytes": host_cache_bytes}
+        args = {"model": "examples/demo/model", "engine": engine, "store": store}
+        return list(application_mistakes(args)), args
+
+    refused, _ = said(0)
+    if not engine["slots"]:
+        assert refused == []
+        return
+    least = int(refused[0].split(" needs ")[1].split()[0])
+    assert len(said(least - 1)[0]) == 1
+    found, args = said(least)
+    assert found == []
+    warned = list(application_warnings(args))  # an engine on a CPU needs more: numbers of four bytes
+    assert [one.endswith("(where the engine runs on cpu)") for one in warned] == [True] * ("device" not in engine)
 
 
 def test_a_warning_stops_nothing(tmp_path):
