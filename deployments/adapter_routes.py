@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -86,7 +87,7 @@ def add_adapter_routes(
             if not added.new:
                 await admin.refresh(body.lora_name)
         except Exception as error:
-            return _vllm_refusal(error, body.lora_name)
+            return _vllm_refusal(error, body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/unload_lora_adapter")
@@ -112,10 +113,23 @@ def lora_reference(path: str) -> str:
     except ValueError:
         if path.startswith(("/", "~", "./", "../")):
             return f"local:{path}"
+    if _is_folder(path):
+        raise invalid(
+            "lora_path",
+            f"lora_path is {path!r}, a folder: give it as an absolute path, {str(Path(path).absolute())!r}; a repository "
+            f"of the Hub that has this name is hub:{path}",
+        )
     try:
         return str(AdapterRef.parse(f"hub:{path}"))
     except ValueError:
         raise invalid("lora_path", f"lora_path is {path!r}: an absolute folder, org/name, or a reference") from None
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # a name longer than the file system allows
+        return False
 
 
 def from_this_machine(request: Request) -> bool:
@@ -144,7 +158,7 @@ def _vllm_error(status: int, message: str, kind: str) -> JSONResponse:
     )
 
 
-def _vllm_refusal(error: Exception, name: str) -> JSONResponse:
+def _vllm_refusal(error: Exception, name: str, path: str = "") -> JSONResponse:
     """vLLM's shape for what we refuse: its 404 for what is not there, 400 for what its caller can put right."""
     told = from_exception(error)
     if told.code == "internal_error":
@@ -154,4 +168,7 @@ def _vllm_refusal(error: Exception, name: str) -> JSONResponse:
         return _vllm_error(400, f"The lora adapter '{name}' has already been loaded. {remedy}", "InvalidUserInput")
     kinds = {404: "NotFoundError", 409: "InvalidUserInput", 400: "InvalidUserInput", 422: "BadRequestError"}
     status = {404: 404, 409: 400, 400: 400, 422: 400}.get(told.status, 500)
-    return _vllm_error(status, told.message, kinds.get(told.status, "InternalServerError"))
+    message = told.message
+    if f"reference hub:{path}:" in message:  # a folder that only its caller sees, or that there is not, looks alike
+        message += f" ({path!r} was taken for a repository of the Hub: a folder is given as an absolute path)"
+    return _vllm_error(status, message, kinds.get(told.status, "InternalServerError"))

@@ -369,7 +369,7 @@ async def test_vllms_load_and_unload_answer_as_vllm_does(gateway: Gateway, publi
     assert error["message"] == "The lora adapter 'sql' cannot be found."
 
 
-async def test_vllms_refusals(gateway: Gateway, published):
+async def test_vllms_refusals(gateway: Gateway, published, monkeypatch):
     status, error = await vllm(gateway, "load", lora_name="x", lora_path="")
     assert (status, error["message"]) == (400, "Both 'lora_name' and 'lora_path' must be provided.")
     assert (await vllm(gateway, "unload"))[0] == 400
@@ -378,6 +378,16 @@ async def test_vllms_refusals(gateway: Gateway, published):
     dora = published("dora", like="shout", use_dora=True)
     status, error = await vllm(gateway, "load", lora_name="x", lora_path=str(dora))
     assert (status, error["type"]) == (400, "BadRequestError") and "dora" in error["message"].lower()
+    monkeypatch.chdir(dora.parent.parent)
+    relative = f"{dora.parent.name}/{dora.name}"
+    status, error = await vllm(gateway, "load", lora_name="x", lora_path=relative)
+    assert (status, error["type"]) == (400, "InvalidUserInput")
+    assert "absolute path" in error["message"] and str(dora) in error["message"]
+    status, error = await vllm(gateway, "load", lora_name="x", lora_path="ad/good")  # neither here nor on the Hub
+    assert status == 500 and "absolute path" in error["message"] and "repository of the Hub" in error["message"]
+    status, error = await vllm(gateway, "load", lora_name="x", lora_path="hub:ad/good")
+    assert status == 500 and "absolute path" not in error["message"]
+    assert (await vllm(gateway, "load", lora_name="x", lora_path="long name" * 500))[0] == 400
     for in_place in (False, True):  # in the settings or a folder: nothing that this endpoint can change
         body = {"lora_name": "shout", "lora_path": str(dora), "load_inplace": in_place}
         status, error = await vllm(gateway, "load", **body)
