@@ -50,10 +50,16 @@ class AdapterAdmin:
         return shown, len(names) > limit
 
     async def get(self, name: str) -> dict[str, Any]:
-        """One adapter, looked up now."""
+        """One adapter, looked up now. For one that is listed it is told in ``reason`` why it cannot be loaded."""
         named = await self._directory.named(name)
-        await self._directory.content(named)
-        return self._describe(named, await self._held())
+        reason = None
+        try:
+            await self._directory.content(named)
+        except AdapterError as error:
+            if named.origin == "reference":  # nobody declared it, so it is not there
+                raise
+            reason = error.reason
+        return {**self._describe(named, await self._held()), "reason": reason}
 
     async def declare(self, name: str, reference: str, *, pinned: bool = False, replace: bool = False) -> Added:
         """Have ``name`` stand for ``reference`` everywhere, once a replica could load it whole.

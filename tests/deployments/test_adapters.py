@@ -142,7 +142,7 @@ async def test_a_declared_adapter_is_served_listed_and_gone_after_delete(gateway
     assert [one["name"] for one in listed["data"]] == ["acme/loud", "json", "mirror", "shout", "spanish"]
     digest = made.json()["digest"]
     assert listed["data"][0]["digest"] == digest and listed["data"][0]["reference"] == local(folder)
-    assert (await gateway.http.get("/v1/adapters/acme/loud")).json() == listed["data"][0]
+    assert (await gateway.http.get("/v1/adapters/acme/loud")).json() == listed["data"][0] | {"reason": None}
     assert "acme/loud" in [one["id"] for one in (await gateway.http.get("/v1/models")).json()["data"]]
 
     gone = await gateway.http.delete("/v1/adapters/acme/loud")
@@ -173,6 +173,19 @@ async def test_an_unknown_name_is_told_what_could_be_meant_and_how_it_would_come
     closed = await Gateway(gateway.fleet, gateway.hub, "off").start()
     assert "POST /v1/adapters" not in await told("nobody", closed)
     await closed.close()
+
+
+async def test_a_declared_adapter_whose_folder_vanished_is_shown_with_the_reason(gateway: Gateway, published):
+    folder = published("gone", like="shout")
+    made = (await declare(gateway, "gone", folder)).json()
+    shutil.rmtree(folder)
+    assert "gone" in [one["name"] for one in (await gateway.http.get("/v1/adapters")).json()["data"]]
+    shown = await gateway.http.get("/v1/adapters/gone")
+    assert shown.status_code == 200, shown.text
+    assert shown.json() == made | {"reason": "there is no adapter_config.json in its folder"}
+    assert (await gateway.http.get("/v1/adapters/hub:acme/x")).status_code == 503, "allowed, but declared by nobody"
+    assert (await gateway.http.delete("/v1/adapters/gone")).status_code == 200
+    assert (await gateway.http.get("/v1/adapters/gone")).status_code == 404
 
 
 async def test_a_list_comes_in_pages(gateway: Gateway):
