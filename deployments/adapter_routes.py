@@ -65,7 +65,9 @@ def add_adapter_routes(
         return await admin.get(name)
 
     @router.delete("/adapters/{name:path}")
-    async def remove(name: str, wait_s: float = 0.0) -> dict[str, Any]:
+    async def remove(request: Request, name: str, wait_s: float = 0.0) -> dict[str, Any]:
+        for unknown in request.query_params.keys() - {"wait_s"}:  # a wait that is misspelt must not be no wait
+            raise invalid(unknown, f"unknown query parameter {unknown!r}: there is wait_s, in seconds")
         await admin.remove(name, wait_s)
         return {"object": "adapter", "name": name, "deleted": True}
 
@@ -116,8 +118,8 @@ def lora_reference(path: str) -> str:
     if _is_folder(path):
         raise invalid(
             "lora_path",
-            f"lora_path is {path!r}, a folder: give it as an absolute path, {str(Path(path).absolute())!r}; a repository "
-            f"of the Hub that has this name is hub:{path}",
+            f"lora_path is {path!r}, a folder: give it as an absolute path, {str(Path(path).absolute())!r}; "
+            f"a repository of the Hub that has this name is hub:{path}",
         )
     try:
         return str(AdapterRef.parse(f"hub:{path}"))

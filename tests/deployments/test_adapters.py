@@ -281,6 +281,10 @@ async def test_when_the_wait_is_too_short_the_adapter_stays_as_it_was(gateway: G
     assert refused.status_code == 409
     assert (await running).status_code == 200
     assert await gateway.text("busy") == answer(PROMPT, "shout")
+    misspelt = await gateway.http.delete("/v1/adapters/busy?wait=5")
+    assert (misspelt.status_code, misspelt.json()["error"]["param"]) == (400, "wait")
+    assert "wait_s" in misspelt.json()["error"]["message"]
+    assert "busy" in gateway.directory.catalog.names()
     for bad in ("-1", "nan", "1e9"):
         assert (await gateway.http.delete(f"/v1/adapters/busy?wait_s={bad}")).status_code == 400
 
