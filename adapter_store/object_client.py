@@ -19,7 +19,7 @@ from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
-from adapter_store.schemes import EXTRAS, scheme_mistake
+from adapter_store.schemes import EXTRAS, package_remedy, scheme_mistake
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
 
@@ -167,9 +167,7 @@ def _translate(name: str, ref: AdapterRef, error: Exception) -> NoReturn:
             "store.sources names for it give access",
         ) from None
     if isinstance(error, ImportError):
-        extra = EXTRAS.get(ref.source)
-        remedy = f"pip install lorafleet[{extra}]" if extra else f"install fsspec's package for {ref.source}://"
-        raise AdapterRefused(name, f"{place} cannot be read on this machine: {remedy}") from None
+        raise AdapterRefused(name, f"{place} cannot be read on this machine: {package_remedy(ref.source)}") from None
     if isinstance(error, ValueError) and (mistake := scheme_mistake(ref.source)) is not None:
         raise AdapterRefused(name, mistake) from None
     if isinstance(error, _NoCredential):

@@ -18,3 +18,22 @@ def scheme_mistake(scheme: str) -> str | None:
         return None
     others = ", ".join(sorted(known - EXTRAS.keys() - {"local"}))
     return f"there is no scheme {scheme!r}; known are local:, hub:, s3://, gs://, and fsspec's others: {others}"
+
+
+def package_remedy(scheme: str) -> str:
+    """What to do where the scheme's package is not installed."""
+    extra = EXTRAS.get(scheme)
+    return f"pip install lorafleet[{extra}]" if extra else f"install fsspec's package for {scheme}://"
+
+
+def lacks_package(scheme: str) -> bool:
+    """Whether the package of a scheme cannot be imported on this machine. False for a scheme that there is not."""
+    try:
+        from fsspec import get_filesystem_class  # noqa: PLC0415
+
+        get_filesystem_class(scheme)
+    except ImportError:
+        return True
+    except ValueError:
+        return False
+    return False

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 # What file systems call their credentials; these come from the environment alone.
 _CREDENTIALS = ("key", "token", "password", "passwd", "credential", "credentials", "username", "connection_string")
+# Between the scheme and the first slash, as in https://user:password@host.
+_URL_CREDENTIAL = re.compile(r"://[^/?#\s]*@")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # gcsfs's ways of finding a token, which are no secrets.
 _WAYS = frozenset({"anon", "google_default", "cloud"})
@@ -39,6 +41,11 @@ class SourceSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.options, Mapping) or not isinstance(self.env, Mapping):
             raise ValueError("options and env must each be a mapping")
+        for name in _credentials_in_urls(self.options):
+            raise ValueError(
+                f"options: {name!r} is a URL with a credential before the '@'; take it out, put it in an environment "
+                "variable and name that under env"
+            )
         for name in _credentials_in(self.options):
             raise ValueError(
                 f"options: {name!r} is a credential; put it in an environment variable and name that under env: "
@@ -93,3 +100,17 @@ def _credentials_in(options: Mapping[str, Any], before: str = "") -> list[str]:
         elif "secret" in text or text.endswith(_CREDENTIALS):
             found += [] if str(value) in _WAYS else [f"{before}{name}"]
     return found
+
+
+def _credentials_in_urls(value: Any, place: str = "") -> list[str]:
+    """Dotted names of the arguments that hold a URL with a user or a password in it."""
+    if isinstance(value, str):
+        return [place] if _URL_CREDENTIAL.search(value) else []
+    if isinstance(value, Mapping):
+        inner = [(str(name), one) for name, one in value.items()]
+    elif isinstance(value, list | tuple):
+        inner = [(str(index), one) for index, one in enumerate(value)]
+    else:
+        return []
+    before = f"{place}." if place else ""
+    return [found for name, one in inner for found in _credentials_in_urls(one, f"{before}{name}")]

@@ -30,6 +30,7 @@ from deployments.directory import check_names
 from deployments.live import with_live
 from deployments.mistakes import told
 from deployments.settings import FleetSettings
+from deployments.source_check import scheme_mistakes, source_warnings
 from engine.lora_targets import adapter_layout
 from engine.parts import dtype_on
 from engine.settings import EngineSettings
@@ -139,6 +140,7 @@ def adapter_mistakes(settings: FleetSettings, place: str) -> Iterator[str]:
         check_names(settings.base_model_name, AdapterNames(replace(store, folders=there)).names())
     except ValueError as error:
         yield f"args.model_name: {error}"
+    yield from scheme_mistakes(settings, place)
     for name, text in settings.adapters.items():
         ref = AdapterRef.parse(text)
         if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():
@@ -149,13 +151,22 @@ def warnings(file: Path) -> Iterator[str]:
     """What will run in a file without mistakes, but hardly as it was meant."""
     for application in ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications:
         if _is_ours(application.import_path):
-            yield from application_warnings(application.args)
+            # One user_config stands at both deployments, and says once what it says.
+            yield from dict.fromkeys([*application_warnings(application.args), *_live_warnings(application)])
+
+
+def _live_warnings(application: ServeApplicationSchema) -> Iterator[str]:
+    args = FleetSettings.model_validate(application.args).model_copy(update={"adapters": {}, "allow": []})
+    for deployment in application.deployments:
+        if isinstance(deployment.user_config, dict):
+            yield from source_warnings(with_live(args, deployment.user_config), "user_config")
 
 
 def application_warnings(args: dict[str, Any]) -> Iterator[str]:
     """The same for the ``args`` of one application."""
     settings = FleetSettings.model_validate(args)
     engine = settings.engine_settings()
+    yield from source_warnings(settings, "args")
     for kind, need in host_cache_needs(engine, ModelSpec.from_dir(settings.model_folder())).items():
         if need is not None:
             yield f"args.{need} (where the engine runs on {kind})"

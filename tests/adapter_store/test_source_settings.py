@@ -74,6 +74,21 @@ def test_credentials_are_no_options(options: dict[str, Any]) -> None:
     assert "sources['s3://acme']" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"endpoint_url": "https://user:hunter2@minio:9000"}, "endpoint_url"),
+        ({"endpoint_url": "http://hunter2@minio"}, "endpoint_url"),
+        ({"client_kwargs": {"config": ["http://a", "http://u:hunter2@b/x"]}}, "client_kwargs.config.1"),
+    ],
+)
+def test_a_url_in_the_options_holds_no_credentials(options: dict[str, Any], place: str) -> None:
+    with pytest.raises(ValueError, match=f"'{place}' is a URL with a credential") as refused:
+        StoreSettings(sources={"s3://acme": {"options": options}})
+    assert "hunter2" not in str(refused.value)
+    assert StoreSettings(sources={"s3://acme": {"options": {"endpoint_url": "https://minio:9000/a@b"}}}).sources
+
+
 def test_what_is_no_credential_is_an_option() -> None:
     options = {"endpoint_url": "http://localhost:9000", "anon": False, "client_kwargs": {"region_name": "eu"}}
     assert SourceSettings(options={**options, "token": "google_default"}).options["anon"] is False

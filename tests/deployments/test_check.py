@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.check import application_mistakes, application_warnings, mistakes
+from deployments.check import application_mistakes, application_warnings, mistakes, warnings
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +51,16 @@ def test_the_shipped_configuration_has_no_mistake(tmp_path):
             "args.model_name: an adapter is named 'shout' like the base model",
         ),
         ({"adapters": {"a": "s3:x"}}, "args.adapters['a']: "),
+        (
+            {"adapters": {"x": "ftpp://b/c"}},
+            "args.adapters['x']: there is no scheme 'ftpp'; known are local:, hub:, s3://",
+        ),
+        ({"allow": ["ftpp://b/*"]}, "args.allow: there is no scheme 'ftpp'"),
+        ({"store": {"sources": {"ftpp://b": {}}}}, "args.store.sources['ftpp://b']: there is no scheme 'ftpp'"),
+        (
+            {"store": {"sources": {"s3://b": {"options": {"endpoint_url": "https://user:pw@minio"}}}}},
+            "args.store.sources.s3://b: options: 'endpoint_url' is a URL with a credential",
+        ),
         ({"allow": ["acme/*"]}, "args.allow: 'acme/*' must start with"),
         ({"model": "/no/such/model"}, "args.model: "),
         ({"engine": {"max_model_len": 100_000}}, "args.engine.max_model_len: 100000 is more than the model's 512"),
@@ -198,6 +208,23 @@ def test_the_smallest_host_cache_without_mistake_is_what_a_store_takes(engine):
     assert found == []
     warned = list(application_warnings(args))  # an engine on a CPU needs more: numbers of four bytes
     assert [one.endswith("(where the engine runs on cpu)") for one in warned] == [True] * ("device" not in engine)
+
+
+def test_what_sources_need_and_this_machine_lacks_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # to import it fails, as where it is not installed
+    monkeypatch.setenv("CHECK_KEY", "set")
+    monkeypatch.delenv("CHECK_SECRET", raising=False)
+    sources = {"gs://acme": {"env": {"key": "CHECK_KEY", "secret": "CHECK_SECRET"}}}
+    both = [{"name": name, "user_config": {"allow": ["gs://b/*"]}} for name in ("Gateway", "LoraReplica")]
+    adapters = {"x": "gs://acme/x", "y": "gs://acme/y", "z": "memory://acme/z"}
+    file = config(tmp_path, application={"deployments": both}, adapters=adapters, store={"sources": sources})
+    assert list(mistakes(file)) == []
+    assert [one.partition(": ")[0] for one in warnings(file)] == [
+        "args.adapters['x']",
+        "args.store.sources['gs://acme'].env.secret",
+        "user_config.allow",
+    ]
+    assert "pip install lorafleet[gs]" in next(warnings(file))
 
 
 def test_a_warning_stops_nothing(tmp_path):
