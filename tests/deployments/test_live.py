@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from adapter_store.catalog import Catalog
+from adapter_store.errors import AdapterNotFound
 from deployments.live import LiveConfig, with_live
 from deployments.settings import FleetSettings
 
+ROOT = Path(__file__).parents[2]
 ARGS = FleetSettings.model_validate(
     {
         "model": "examples/demo/model",
@@ -56,3 +62,22 @@ def test_what_cannot_be_applied_is_refused_too():
 
     config.take({"adapter_folders": ["x"]}, refuse)
     assert config.settings is ARGS and config.refused == "folders: 'x' is not a folder"
+
+
+def test_a_declared_folder_that_is_missing_is_taken_and_found_when_it_is_there(tmp_path):
+    catalog = Catalog(ARGS.store_settings())
+    config = LiveConfig(ARGS)
+    folder = tmp_path / "later"
+    config.take(
+        {"adapters": {"json": f"local:{folder}"}}, lambda settings: catalog.reconfigure(settings.store_settings())
+    )
+    assert config.refused is None
+    with pytest.raises(AdapterNotFound, match="no adapter_config"):
+        catalog.resolve("json")  # although an adapter folder has one of this name
+    shutil.copytree(ROOT / "examples" / "demo" / "adapters" / "json", folder)
+    assert catalog.resolve("json").ref.id == str(folder)
+    config.take(
+        {"adapter_folders": [str(tmp_path / "gone")]}, lambda settings: catalog.reconfigure(settings.store_settings())
+    )
+    assert config.refused is not None and "is not a folder" in config.refused
+    catalog.close()
