@@ -341,7 +341,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     store = RemoteSource(settings, ObjectClient(settings), DiskCache(tmp_path / "cache", 1 << 30))
     with pytest.raises(AdapterRefused, match=r"pip install lorafleet\[gs\]"):
         store.resolve("x", AdapterRef.parse("gs://acme/shout"))
-    with pytest.raises(AdapterRefused, match="no scheme 'nosuch'.* s3://"):
+    with pytest.raises(AdapterRefused, match=r"no scheme 'nosuch'.* s3://"):
         store.resolve("x", AdapterRef.parse("nosuch://acme/shout"))
 
 
