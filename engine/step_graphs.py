@@ -79,9 +79,10 @@ class StepGraphs:
 
     def shape_of(self, plan: StepPlan) -> StepShape | None:
         """The captured shape that holds ``plan`` with the fewest prompt tokens; None when none does."""
-        prefill = len(plan.rows) > plan.num_decode
-        fits = (shape for shape in self._shapes if shape.holds(plan) and prefill == (shape.prefill_rows > 0))
-        return next(fits, None)
+        prompts = len(plan.rows) - plan.num_decode
+        counts = (plan.num_decode, prompts, plan.num_tokens - plan.num_decode)
+        alike = (shape for shape in self._shapes if (shape.prefill_rows > 0) == (prompts > 0))
+        return next((shape for shape in alike if shape.holds(*counts)), None)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, shape: StepShape) -> Drawn:

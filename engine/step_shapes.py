@@ -28,11 +28,9 @@ class StepShape:
     def tokens(self) -> int:
         return self.decode_rows + self.prefill_tokens
 
-    def holds(self, plan: StepPlan) -> bool:
-        """Whether ``plan`` fits."""
-        prompts = len(plan.rows) - plan.num_decode
-        tokens = plan.num_tokens - plan.num_decode
-        return plan.num_decode <= self.decode_rows and prompts <= self.prefill_rows and tokens <= self.prefill_tokens
+    def holds(self, decoding: int, prompts: int, tokens: int) -> bool:
+        """Whether so many decoding rows, and chunks of prompts with so many tokens together, fit."""
+        return decoding <= self.decode_rows and prompts <= self.prefill_rows and tokens <= self.prefill_tokens
 
     def places(self, plan: StepPlan) -> list[int]:
         """The row of the padded step that each row of ``plan`` becomes."""
