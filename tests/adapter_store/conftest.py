@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.adapter_store.hub_server import HubServer
+from tests.adapter_store.hub_server import HubServer, hub_asked_without_token
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +19,5 @@ def _one_thread() -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub of the test's own, which is asked without a token."""
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with HubServer() as server:
+    with hub_asked_without_token(monkeypatch) as server:
         yield server

@@ -15,11 +15,14 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 TOKEN = "hf_a_secret_that_must_not_leak"
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<rev>.+))?")
@@ -282,3 +285,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(sent)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client gave up waiting
+
+
+@contextmanager
+def hub_asked_without_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of the test's own, whatever this machine's environment says of the real one."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with HubServer() as server:
+        yield server

@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.lora_targets import adapter_layout
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
-from tests.adapter_store.hub_server import HubServer
+from tests.adapter_store.hub_server import HubServer, hub_asked_without_token
 from tests.engine.crowd import DEMO, NEW, Crowd
 from tests.engine.crowd_faults import CrowdFaults, owner_of
 from tests.engine.crowd_traffic import Traffic
@@ -39,9 +39,7 @@ def crowd() -> Crowd:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with HubServer() as server:
+    with hub_asked_without_token(monkeypatch) as server:
         yield server
 
 
