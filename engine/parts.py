@@ -201,8 +201,9 @@ def _graph_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) -
     """
     device = runner.model.device
     shapes = _captured_shapes(settings)
+    few = min(4, len(shapes))
     held: list[int] = []
-    for count in (1, 4):
+    for count in (1, few):
         runner.graphs = None
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -210,8 +211,8 @@ def _graph_bytes(runner: Runner, settings: EngineSettings, max_model_len: int) -
         _capture(runner, settings, max_model_len, shapes[:count])
         held.append(before - torch.cuda.mem_get_info(device)[0])
     runner.graphs = None
-    largest, four = held
-    return max(largest + max(four - largest, 0) * (len(shapes) - 1) // 3, 1)
+    largest, together = held
+    return max(largest + max(together - largest, 0) * (len(shapes) - 1) // max(few - 1, 1), 1)
 
 
 def _captured_shapes(settings: EngineSettings) -> list[StepShape]:
