@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from adapter_store.checkpoint_files import CheckpointFiles
+from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, ResolvedAdapter
@@ -93,9 +93,11 @@ class Catalog:
         """Have the next ``resolve`` of this reference ask its source, whatever was remembered."""
         self.sources.of(ref).forget(self.rooted(ref))
 
-    def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
+    def fetch(
+        self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None, meanwhile: Meanwhile | None = None
+    ) -> CheckpointFiles:
         """The files of ``resolved``, brought here if need be; see ``AdapterSource.fetch``."""
-        return self.sources.of(resolved.ref).fetch(resolved, max_weights_bytes)
+        return self.sources.of(resolved.ref).fetch(resolved, max_weights_bytes, meanwhile)
 
     def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
         """Whether ``fetch`` of this content needs no network."""

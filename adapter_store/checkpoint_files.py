@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,15 @@ PICKLE_REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """adapter_config.json, and the bytes of adapter_model.safetensors as a 1-D uint8 tensor, with their hash.
+    """adapter_config.json, and the bytes of adapter_model.safetensors as a 1-D uint8 tensor.
 
+    sha256: of ``weights``, hex digits, once another thread is through them: hashing takes longer than all else.
     memory: what ``weights`` is the beginning of.
     """
 
     config: bytes
     weights: Tensor
-    weights_sha256: str
+    sha256: Future[str]
     memory: Tensor
 
     @classmethod
@@ -53,8 +55,13 @@ class CheckpointFiles:
         _SPARE.give(self.memory)
 
     def digest(self) -> str:
-        """The content's identity (``content_digest``), 64 hex digits."""
-        return content_digest(git_blob_sha1(self.config), self.weights_sha256)
+        """The content's identity (``content_digest``), 64 hex digits. Waits for the hash."""
+        return content_digest(git_blob_sha1(self.config), self.sha256.result())
+
+
+#: Work on files that goes on while they are hashed. What it makes counts only once the files are found to be the right
+#: ones, so it raises nothing that belongs to them.
+Meanwhile = Callable[[CheckpointFiles], None]
 
 
 def check_size(name: str, file: str, size: int, limit: int | None) -> None:
@@ -63,11 +70,11 @@ def check_size(name: str, file: str, size: int, limit: int | None) -> None:
         raise AdapterRefused(name, f"{file} has {size} bytes; at most {limit} can belong to an adapter served here")
 
 
-def _read(path: Path, name: str, limit: int | None) -> tuple[Tensor, str, Tensor]:
-    """A file's bytes, their sha256, taken beside the reading, and the memory that the bytes are the beginning of."""
-    sha256 = hashlib.sha256()
+def _read(path: Path, name: str, limit: int | None) -> tuple[Tensor, Future[str], Tensor]:
+    """A file's bytes, their sha256 to come, and the memory that the bytes are the beginning of."""
+    sha256, hasher = hashlib.sha256(), ThreadPoolExecutor(1)
     try:
-        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             check_size(name, path.name, size, limit)
             memory = _SPARE.take(size)
@@ -75,8 +82,10 @@ def _read(path: Path, name: str, limit: int | None) -> tuple[Tensor, str, Tensor
             while done < size and (count := file.readinto(view[done : done + _CHUNK])):
                 hasher.submit(sha256.update, view[done : done + count])
                 done += count
+            return memory[:done], hasher.submit(sha256.hexdigest), memory
     except FileNotFoundError:
         raise AdapterRefused(name, f"it has no {path.name}") from None
     except OSError as error:
         raise AdapterRefused(name, f"{path.name} cannot be read: {error.strerror}") from error
-    return memory[:done], sha256.hexdigest(), memory
+    finally:
+        hasher.shutdown(wait=False)  # it ends when it is through

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapter_store.checkpoint_files import CheckpointFiles
+from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
 from adapter_store.errors import AdapterRefused
 from adapter_store.file_lock import file_lock
 from adapter_store.load_stats import DiskCacheStats, LoadMeter
@@ -43,7 +43,9 @@ class DiskCache:
         self._listed: int | None = None  # the folder's modification time (ns) when _sizes was all of it
         self.reading = LoadMeter()
 
-    def read(self, digest: str, name: str, max_weights_bytes: int | None) -> CheckpointFiles | None:
+    def read(
+        self, digest: str, name: str, max_weights_bytes: int | None, meanwhile: Meanwhile | None = None
+    ) -> CheckpointFiles | None:
         """The content of ``digest``, verified, or None. An entry that is damaged is removed.
 
         Raises AdapterRefused when its weights are larger than ``max_weights_bytes``.
@@ -55,6 +57,8 @@ class DiskCache:
         try:
             with self.reading.measure() as work:
                 files = CheckpointFiles.read(folder, name, max_weights_bytes)
+                if meanwhile is not None:
+                    meanwhile(files)
                 found, work.bytes = files.digest(), files.nbytes
         except AdapterRefused:
             if _is_whole(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +125,8 @@ class HostCache:
         self._hits = self._misses = self._evictions = 0
         #: Grows whenever there may be more room than before. Any thread may read it.
         self.releases = 0
+        #: Called with a digest and whether it is held now, under the cache's lock: it must not block.
+        self.on_change: Callable[[str, bool], None] | None = None
         #: Whether room goes only to those who waited for it. Set by whoever keeps the line.
         self.waited_only = False
 
@@ -197,6 +199,7 @@ class HostCache:
             room._region.packed = packed
             self._by_digest[packed.digest] = room._region
             self._eviction.added(packed.digest, packed.nbytes, packed.load_seconds)
+            self._changed(packed.digest, held=True)
             return packed
 
     def cancel(self, room: Room) -> None:
@@ -286,9 +289,14 @@ class HostCache:
     def _drop(self, region: _Region, *, evicted: bool) -> None:
         assert region.packed is not None
         assert region.refs == 0
-        del self._by_digest[region.packed.digest]
-        self._eviction.removed(region.packed.digest, evicted=evicted)
-        region.packed = None
+        digest, region.packed = region.packed.digest, None
+        del self._by_digest[digest]
+        self._eviction.removed(digest, evicted=evicted)
+        self._changed(digest, held=False)
+
+    def _changed(self, digest: str, *, held: bool) -> None:
+        if self.on_change is not None:
+            self.on_change(digest, held)
 
     def _free(self, region: _Region) -> None:
         region.refs = 0

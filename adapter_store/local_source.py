@@ -9,7 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, CheckpointFiles, check_size
+from adapter_store.checkpoint_files import (
+    MAX_CONFIG_BYTES,
+    PICKLE_FILE,
+    PICKLE_REMEDY,
+    CheckpointFiles,
+    Meanwhile,
+    check_size,
+)
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
 from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused
 from adapter_store.load_stats import LoadMeter, SourceStats
@@ -62,7 +69,9 @@ class LocalSource:
         """The folder's content now. Raises AdapterNotFound without a config file, AdapterRefused without weights."""
         return ResolvedAdapter(name, ref, self._digest(name, Path(ref.id)))
 
-    def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
+    def fetch(
+        self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None, meanwhile: Meanwhile | None = None
+    ) -> CheckpointFiles:
         """The files as they are now.
 
         Raises AdapterNotFound when they are gone, AdapterChanged when they are no longer the resolved content.
@@ -71,6 +80,8 @@ class LocalSource:
             raise AdapterNotFound(resolved.name, f"there is no {CONFIG_FILE} in its folder any more")
         with self._read.measure() as read:
             files = CheckpointFiles.read(Path(resolved.ref.id), resolved.name, max_weights_bytes)
+            if meanwhile is not None:
+                meanwhile(files)
             digest, read.bytes = files.digest(), files.nbytes
         if digest != resolved.digest:
             raise AdapterChanged(

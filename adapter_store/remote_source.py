@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapter_store.checkpoint_files import CheckpointFiles, check_size
+from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile, check_size
 from adapter_store.digest import WEIGHTS_FILE
 from adapter_store.disk_cache import DiskCache
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
@@ -82,13 +82,15 @@ class RemoteSource:
         self._failures.check(ref, name)
         return None
 
-    def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
+    def fetch(
+        self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None, meanwhile: Meanwhile | None = None
+    ) -> CheckpointFiles:
         """The files, from disk or downloaded, verified against the digest.
 
         Raises what ``resolve`` raises. Content that is not the resolved one is fetched once more; then it is
         AdapterChanged, or AdapterRefused where a pinned reference can have one content only.
         """
-        files = self._disk.read(resolved.digest, resolved.name, max_weights_bytes)
+        files = self._disk.read(resolved.digest, resolved.name, max_weights_bytes, meanwhile)
         with self._lock:
             self._hits += files is not None
             self._misses += files is None

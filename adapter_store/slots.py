@@ -306,6 +306,13 @@ class SlotPool:
         """Slots that requests hold a reference to now. Any thread."""
         return sum(slot.refs > 0 for slot in self._slots)
 
+    def available(self) -> dict[int, int]:
+        """By rank class, the slots that are empty or hold an adapter which may be evicted now. Any thread."""
+        counts = dict.fromkeys(self._classes, 0)
+        for slot in self._slots:
+            counts[slot.class_rank] += slot.refs == 0 and not slot.pinned
+        return counts
+
     def _assign(self, digest: str, rank: int, spare: bool) -> Slot | None:
         slot = self._empty_slot(rank) or self._evict_for(rank, spare)
         if slot is None:

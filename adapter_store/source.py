@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from adapter_store.checkpoint_files import CheckpointFiles
+    from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
     from adapter_store.load_stats import SourceStats
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -154,8 +154,13 @@ class AdapterSource(Protocol):
         """
         ...
 
-    def fetch(self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None) -> CheckpointFiles:
+    def fetch(
+        self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None, meanwhile: Meanwhile | None = None
+    ) -> CheckpointFiles:
         """Read the content, verified against the digest.
+
+        meanwhile: where the files are on this machine, it is called with them while they are hashed. They may turn out
+        to be others than those that are returned.
 
         Raises what ``resolve`` raises, AdapterRefused when the weights file is larger than ``max_weights_bytes``, and
         AdapterChanged when the content is no longer the resolved one.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from adapter_store.catalog import Catalog
 from adapter_store.checkpoint import max_weights_bytes, pack_files
+from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused
 from adapter_store.eviction import EvictionPolicy
 from adapter_store.failures import RecentFailures
-from adapter_store.host_cache import ROOM_ALIGNMENT, Allocation, HostCache, Room
+from adapter_store.host_cache import ROOM_ALIGNMENT, Allocation, HostCache, HostMemoryFull, Room
 from adapter_store.layout import AdapterLayout
 from adapter_store.load_stats import LoadMeter, StoreStats
 from adapter_store.packed import PackedAdapter
@@ -136,20 +138,55 @@ class AdapterStore:
 
     def _pack(self, resolved: ResolvedAdapter, allocation: Allocation) -> PackedAdapter:
         started = time.monotonic()
+        packing = _Packing(lambda files: self._pack_files(files, resolved, allocation))
         try:
-            files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank))
+            files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank), packing.begin)
             try:
-                with self._packed.measure() as work:
-                    packed = pack_files(
-                        files, self._layout, self._max_rank, allocation.slab, resolved.name, digest=resolved.digest
-                    )
-                    work.bytes = packed.nbytes
+                packed = packing.result(files)
             finally:
                 files.discard()
         except AdapterRefused as error:
             self._failures.add(resolved.digest, error)
             raise
         return allocation.keep(replace(packed, load_seconds=time.monotonic() - started))
+
+    def _pack_files(self, files: CheckpointFiles, resolved: ResolvedAdapter, allocation: Allocation) -> PackedAdapter:
+        with self._packed.measure() as work:
+            packed = pack_files(
+                files, self._layout, self._max_rank, allocation.slab, resolved.name, digest=resolved.digest
+            )
+            work.bytes = packed.nbytes
+        return packed
+
+
+class _Packing:
+    """Packs files while they are hashed: nobody sees what came of it unless they are the right ones."""
+
+    def __init__(self, pack: Callable[[CheckpointFiles], PackedAdapter]) -> None:
+        self._pack = pack
+        self._files: CheckpointFiles | None = None
+        self._made: PackedAdapter | AdapterRefused | HostMemoryFull | None = None
+
+    def begin(self, files: CheckpointFiles) -> None:
+        """Pack ``files``, of which nobody knows yet whether they are the right ones."""
+        self._files = files
+        try:
+            self._made = self._pack(files)
+        except (AdapterRefused, HostMemoryFull) as error:
+            self._made = error
+
+    def result(self, files: CheckpointFiles) -> PackedAdapter:
+        """What came of packing ``files``. Raises AdapterRefused and HostMemoryFull."""
+        if self._files is not files:
+            self.begin(files)
+        made, self._made, self._files = self._made, None, None
+        assert made is not None
+        if isinstance(made, PackedAdapter):
+            return made
+        try:
+            raise made
+        finally:
+            del made  # else the error's frames hold the error, and with it the files and the slab
 
 
 def check_host_cache(host_cache_bytes: int, layout: AdapterLayout, dtype: torch.dtype, max_rank: int) -> None:

@@ -40,8 +40,14 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, units: int, odd: int, name: str) -> None:
         self.units = units
         self.cache = HostCache(units * ROOM_ALIGNMENT + odd, eviction=eviction_policy(name)())
+        self.told: set[str] = set()
+        self.cache.on_change = self.hear
         self.held: list[tuple[int, PackedAdapter]] = []
         self.rooms: list[tuple[int, Room]] = []
+
+    def hear(self, digest: str, held: bool) -> None:
+        assert (digest in self.told) != held, "nothing is told twice"
+        self.told ^= {digest}
 
     def referenced(self) -> set[int]:
         return {key for key, _ in self.held}
@@ -123,7 +129,7 @@ class CacheMachine(RuleBasedStateMachine):
     def what_is_referred_to_is_whole(self) -> None:
         for key, packed in self.held:
             assert (packed.slab == key + 1).all()
-        assert {f"d{key}" for key in self.referenced()} <= set(self.cache.digests())
+        assert {f"d{key}" for key in self.referenced()} <= set(self.cache.digests()) == self.told
 
     @invariant()
     def regions_cover_the_budget_without_overlap(self) -> None:

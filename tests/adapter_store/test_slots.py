@@ -252,6 +252,11 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.find(digest) is slot
 
     @invariant()
+    def slots_that_can_be_given_are_counted(self) -> None:
+        kept = [self.where[digest] for digest in self.where if self.refs(digest) or digest in self.pinned]
+        assert self.pool.available() == {c: count - kept.count(c) for c, count in self.classes.items()}
+
+    @invariant()
     def news_and_counters_agree(self) -> None:
         residency = self.pool.residency()
         if self.loaded == self.where.keys():

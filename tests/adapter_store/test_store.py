@@ -9,12 +9,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from adapter_store.checkpoint import pack_checkpoint
-from adapter_store.digest import CONFIG_FILE
+from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterChanged, AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.host_cache import ROOM_ALIGNMENT, HostMemoryFull, Room
 from adapter_store.load_stats import LoadTotals, SourceStats
@@ -116,6 +117,36 @@ def test_a_name_published_again_is_new_content(tmp_path: Path) -> None:
     for gone in (lambda: store.load("a", old.digest), lambda: store.load(resolved)):
         with pytest.raises(AdapterChanged, match=old.digest[:12]):
             gone()
+
+
+@pytest.mark.parametrize("damage", [pytest.param(b"\x40", id="that packs"), pytest.param(b"", id="that does not")])
+def test_files_are_packed_while_they_are_hashed_and_what_is_damaged_reaches_nobody(
+    hub: HubServer, tmp_path: Path, damage: bytes
+) -> None:
+    """Packing begins before the hash is known: it may see, and may refuse, what nobody asked for."""
+    hub.publish("acme/far", adapter_files())
+    store = make_store(tmp_path, adapters={"far": "hub:acme/far"}, hub_endpoint=hub.endpoint)
+    whole = store.load("far").slab.clone()
+    store.host_cache.clear()
+    (weights,) = (tmp_path / "cache").rglob(WEIGHTS_FILE)
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + damage)
+    assert torch.equal(store.load("far").slab, whole)
+    assert weights.read_bytes() == data
+    assert len(hub.requests(WEIGHTS_FILE)) > 1, "it came again"
+    assert not store.stats().sources.remembered_failures
+
+
+@pytest.mark.parametrize("as_it_is", [dict[str, Any](seed=2), dict[str, Any](use_dora=True)], ids=["good", "refused"])
+def test_a_folder_that_changed_is_told_so_whatever_is_in_it_now(tmp_path: Path, as_it_is: dict[str, Any]) -> None:
+    folder = write_adapter(tmp_path / "adapters/a", seed=1)
+    store = make_store(tmp_path)
+    digest = store.resolve("a").digest
+    write_adapter(folder, **as_it_is)
+    with pytest.raises(AdapterChanged, match=digest[:12]):
+        store.load(f"local:{folder}", digest)
+    assert store.stats().host.adapters == 0
+    assert not store.stats().sources.remembered_failures
 
 
 def test_who_may_load_by_reference(tmp_path: Path) -> None:
