@@ -26,7 +26,7 @@ from engine.request import (
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
-from engine.stats import EngineStats
+from engine.stats import EngineLoad, EngineStats
 from engine.step_loop import StepLoop
 from engine.text_stream import OutputText
 from engine.tokenizer import Tokenizer
@@ -144,6 +144,10 @@ class Engine:
             return await asyncio.wait_for(asyncio.wrap_future(answer), wait_s if wait else None)
         except TimeoutError:
             return False
+
+    def load(self) -> EngineLoad:
+        """What weighs on the engine now. Any thread, as often as you like."""
+        return self._started().load()
 
     def stats(self) -> EngineStats:
         """What the engine is doing now. Cheap; any thread."""

@@ -8,6 +8,20 @@ MOST_TENANTS = 32
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What weighs on an engine now; cheap enough to be read many times a second.
+
+    running, waiting: requests, those that wait for their adapter among the latter. ranks: sum of the ranks of the
+    running requests' adapters. free_slots: (rank class, slots that are empty or hold an adapter that may go now).
+    """
+
+    running: int
+    waiting: int
+    ranks: int
+    free_slots: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A moment's picture. Counts of requests, pages and adapters are of now, the others are totals since the start.
 

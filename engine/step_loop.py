@@ -30,7 +30,7 @@ from engine.residents import ResidentAdapters
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
-from engine.stats import MOST_TENANTS, EngineStats
+from engine.stats import MOST_TENANTS, EngineLoad, EngineStats
 
 _log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 1e-3
@@ -39,7 +39,8 @@ _COPY_PATIENCE_S = 1e-3
 class StepLoop:
     """Plans a step, runs it, hands out what it produced; sleeps when there is nothing to do.
 
-    ``submit``, ``abort``, ``leave``, ``stop`` and ``stats`` may be called from any thread; the rest is the loop's own.
+    ``submit``, ``abort``, ``leave``, ``stop``, ``load`` and ``stats`` may be called from any thread; the rest is the
+    loop's own.
     """
 
     def __init__(self, parts: EngineParts, settings: EngineSettings) -> None:
@@ -137,6 +138,14 @@ class StepLoop:
     def stop(self) -> None:
         """End the loop after the step under way; unfinished requests get EngineDead."""
         self._post(lambda: self._end(EngineDead("the engine was closed")))
+
+    def load(self) -> EngineLoad:
+        """What weighs on the loop now. Takes no lock."""
+        running, slots = tuple(self._scheduler.running), self.parts.slots
+        held = [sequence.slot for sequence in running]  # each read once: the loop may give one back meanwhile
+        waiting = len(self._scheduler.waiting) + (0 if self._loads is None else self._loads.waiting)
+        free = () if slots is None else tuple(slots.available().items())
+        return EngineLoad(len(running), waiting, sum(slot.rank for slot in held if slot is not None), free)
 
     def stats(self) -> EngineStats:
         """A picture of now. Numbers of the same moment up to the step under way."""

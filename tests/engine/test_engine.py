@@ -20,6 +20,7 @@ from adapter_store.slots import Residency
 from engine.engine import Engine
 from engine.request import CONTEXT_LENGTH_EXCEEDED, EngineDead, EngineOverloaded, GenerationChunk, InvalidRequest
 from engine.settings import EngineSettings
+from engine.stats import EngineLoad
 from examples.demo.words import ADAPTERS, held_out_prompts
 from examples.demo.words import answer as demo_answer
 from tests.engine.engines import answer, answers, ask, assert_same, expected, running, settings_for
@@ -231,6 +232,24 @@ async def test_unseeded_requests_differ_and_the_engine_seed_repeats_them(model: 
     async with running(settings_for(model, seed=11)) as engine:
         assert await draw(engine) == first
     assert len(set(first)) == 3
+
+
+# --- what others are told -------------------------------------------------------------------------------------------
+
+
+async def test_the_load_counts_rows_their_ranks_and_the_slots_that_can_be_given(
+    model: TinyModel, adapter: TinyAdapter
+) -> None:
+    async with running(settings_for(model, [adapter], max_rows=2, slots={16: 2})) as engine:
+        assert engine.load() == EngineLoad(0, 0, 0, ((16, 2),))
+        asked = [ask("one", [5], adapter, new=200), ask("two", [5], new=200), ask("three", [5], adapter, new=200)]
+        tasks = [asyncio.create_task(answer(engine, request)) for request in asked]
+        await until(lambda: engine.load().running == 2 and engine.load().waiting == 1)
+        ranks = engine.load().ranks
+        assert ranks in (adapter.rank, 2 * adapter.rank)
+        assert engine.load().free_slots == ((16, 1),)
+        await asyncio.gather(*tasks)
+        await until(lambda: engine.load() == EngineLoad(0, 0, 0, ((16, 2),)))
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------
