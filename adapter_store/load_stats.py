@@ -57,9 +57,9 @@ class SourceStats:
     """What sources did.
 
     download: from a source's server to this machine, tries that failed on the way included. read: from disk (a cached
-    download, or a local folder) into memory, verified, and packed meanwhile. disk_hits, disk_misses: downloads that the disk cache made
-    needless, and the others. remembered_failures: references and contents whose failure is remembered now.
-    failures_repeated: times that one was answered from memory.
+    download, or a local folder) into memory, verified, and packed meanwhile. disk_hits, disk_misses: downloads that the
+    disk cache made needless, and the others. remembered_failures: references and contents whose failure is remembered
+    now. failures_repeated: times that one was answered from memory.
     """
 
     download: LoadTotals = field(default_factory=LoadTotals)
