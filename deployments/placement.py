@@ -1,161 +1,173 @@
-"""Which replica should take a request: a pure function of what is known about the replicas.
+"""Which replica should take a request: a pure function of what a router believes about the replicas.
 
-The Serve router calls it for every request; a simulation can call it with made-up replicas. It knows
-neither Ray nor time, so the same arguments always give the same answer.
+The Serve router calls it for every request, and so does the fleet simulation. It knows neither Ray nor a clock, so the
+same view and request always give the same ranking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from hashlib import blake2b
-from math import ceil
+
+import numpy as np
+import numpy.typing as npt
+
+from deployments.fleet_view import FleetView, Tier, stable_hash
+
+SINGLES = 8  # at most so many replicas in a ranking: the caller tries them one by one, and then any other
 
 
 class Reason(StrEnum):
     """Why a replica stands where it stands in a ranking; also the label of the decision counters."""
 
     RESIDENT = "resident"  # the adapter is in one of its slots
-    SPREAD = "spread"  # next home of an adapter too busy for the copies it has
+    LOADING = "loading"  # the adapter is on its way to one of its slots
+    SPREAD = "spread"  # next home of an adapter whose copies are too busy
     HOST_CACHED = "host_cached"  # packed in its host memory: one copy to the device away
     HOME = "home"  # where rendezvous hashing puts an adapter that is nowhere warm
     LEAST_LOADED = "least_loaded"  # base-model requests, and whatever is left for an adapter
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaState:
-    """One replica as the caller sees it, for one adapter.
+class PlacementRequest:
+    """One request to be placed.
 
-    key: stable identity, the same in every process. load: requests it has in flight. saturated: it said
-    itself that it takes no more. draining: it is going away. resident, host_cached: where the adapter is.
+    adapter: short key of its adapter, "" for the base model. rank: of the adapter, 0 where unknown. avoid: names of
+    replicas that just failed or refused it.
     """
 
-    key: str
-    load: int = 0
-    resident: bool = False
-    host_cached: bool = False
-    saturated: bool = False
-    draining: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementPolicy:
-    """Tunables of ``rank_replicas``.
-
-    spread_load: requests of one adapter in flight that one replica should carry before the adapter gets
-    another. max_copies: most replicas an adapter is spread over. home_load_factor, home_load_slack: a home is
-    passed over for the next one when its load exceeds ``factor * mean + slack``.
-    """
-
-    spread_load: int = 32
-    max_copies: int = 8
-    home_load_factor: float = 2.0
-    home_load_slack: int = 8
-
-    def __post_init__(self) -> None:
-        for name, least in (("spread_load", 1), ("max_copies", 1), ("home_load_factor", 1.0), ("home_load_slack", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)!r} but must be at least {least}")
-
-    def copies(self, in_flight: int, replicas: int) -> int:
-        """How many replicas should serve an adapter with ``in_flight`` requests: 1 for a cold one."""
-        return max(1, min(ceil(in_flight / self.spread_load), self.max_copies, replicas))
+    adapter: str = ""
+    rank: int = 0
+    prompt_tokens: int = 0
+    tenant: str = ""
+    avoid: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One place in a ranking: the index of the replica in the caller's sequence, and why it stands there."""
+    """One place in a ranking."""
 
-    index: int
+    replica: str
     reason: Reason
 
 
-def rendezvous_order(adapter: str, keys: Sequence[str]) -> tuple[int, ...]:
-    """Indices of ``keys`` from the adapter's first home to its last (highest random weight hashing).
+Indices = npt.NDArray[np.intp]
 
-    Every process computes the same order, and a replica that comes or goes moves only the adapters that it
-    takes over or leaves behind. Source: Thaler and Ravishankar, "Using name-based mappings to increase hit
-    rates", 1998.
+
+def rendezvous_weights(adapter: str, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Weight of each replica for the adapter; the heaviest is its home, the next one its second.
+
+    Every process computes the same, and a replica that comes or goes moves only the adapters that it takes over or
+    leaves behind. Highest random weight: Thaler and Ravishankar, "Using name-based mappings to increase hit rates",
+    1998; the mixing is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
     """
-    prefix = blake2b(adapter.encode(), digest_size=16)
+    mixed = hashes ^ np.uint64(stable_hash(adapter))
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
-    def weight(index: int) -> tuple[bytes, str]:
-        hashed = prefix.copy()
-        hashed.update(keys[index].encode())
-        return hashed.digest(), keys[index]
 
-    return tuple(sorted(range(len(keys)), key=weight, reverse=True))
+def place(view: FleetView, request: PlacementRequest, now: float) -> list[Choice]:
+    """The replicas to try one after the other, best first: at most ``SINGLES``, at least one where there is one.
 
-
-def rank_replicas(
-    replicas: Sequence[ReplicaState],
-    homes: Sequence[int],
-    policy: PlacementPolicy,
-    in_flight: int = 0,
-    turn: int = 0,
-) -> list[Choice]:
-    """All replicas, best first. Empty only when ``replicas`` is empty.
-
-    homes: the adapter's ``rendezvous_order`` over the same replicas; empty for the base model, which goes by
-    load alone. in_flight: requests of this adapter under way. turn: any counter; it breaks ties between
-    equally loaded replicas for the base model.
-
-    Replicas that can serve come first: resident copies, then host-cached ones, then the home, then the least
-    loaded. Saturated replicas follow in the same order, draining ones come last.
+    No replica is named that is saturated, draining or to be avoided while there is one that is not.
     """
-    ready: list[int] = []
-    saturated: list[int] = []
-    draining: list[int] = []
-    for index, replica in enumerate(replicas):
-        (draining if replica.draining else saturated if replica.saturated else ready).append(index)
-    ranked: list[Choice] = []
-    for group in (ready, saturated, draining):
-        if not group:
-            continue
-        if homes:
-            ranked += _rank_for_adapter(replicas, group, homes, policy, in_flight)
-        else:
-            count = len(replicas)
-            group.sort(key=lambda i: (replicas[i].load, (i + turn) % count))
-            ranked += [Choice(index, Reason.LEAST_LOADED) for index in group]
-    return ranked
+    if not view.names:
+        return []
+    state = view.closed
+    if request.avoid:
+        state = state.copy()
+        avoided = view.indices(request.avoid)
+        state[avoided] = np.maximum(state[avoided], 1)
+    open_ = state == state.min()
+    ranking = _Ranking(view)
+    if request.adapter:
+        _rank_for_adapter(ranking, view, request, open_, now)
+    ranking.add(_cheapest(view, open_), Reason.LEAST_LOADED)
+    return ranking.choices
+
+
+class _Ranking:
+    """Choices in the making: a replica stands where it was first added, and no more than ``SINGLES`` stand there."""
+
+    def __init__(self, view: FleetView) -> None:
+        self._names = view.names
+        self._seen: set[int] = set()
+        self.choices: list[Choice] = []
+
+    def add(self, indices: Indices, reason: Reason) -> None:
+        for index in indices.tolist():
+            if len(self.choices) == SINGLES:
+                return
+            if index not in self._seen:
+                self._seen.add(index)
+                self.choices.append(Choice(self._names[index], reason))
 
 
 def _rank_for_adapter(
-    replicas: Sequence[ReplicaState],
-    group: Sequence[int],
-    homes: Sequence[int],
-    policy: PlacementPolicy,
-    in_flight: int,
-) -> list[Choice]:
-    members = set(group)
-    order = [index for index in homes if index in members]
-    copies = policy.copies(in_flight, len(order))
-    warm = [index for index in order if replicas[index].resident]
-    cold = [index for index in order if not replicas[index].resident]
+    ranking: _Ranking, view: FleetView, request: PlacementRequest, open_: npt.NDArray[np.bool_], now: float
+) -> None:
+    holders = {tier: _those(open_, indices) for tier, indices in view.holders(request.adapter, now).items()}
+    resident, loading = (_by_load(view, holders[tier]) for tier in (Tier.RESIDENT, Tier.LOADING))
+    copies = view.copies(request.adapter)
+    weights = rendezvous_weights(request.adapter, view.hashes)
+    spare = resident[:0]
+    if len(resident) > copies:
+        # The copies beyond those wanted get nothing while the others can serve, and so age out of their slots: this
+        # is how an adapter that cooled down shrinks. Every router keeps the same ones.
+        kept = np.isin(resident, resident[np.argsort(weights[resident])[-copies:]])
+        resident, spare = resident[kept], resident[~kept]
+    warm = np.concatenate([resident, loading])
+    best = view.loads[warm].min(initial=np.inf)
+    room = open_ & (view.loads <= _bound(view, open_))
+    if warm.size and (len(warm) < copies or best > view.policy.spill_at):
+        # Another copy costs a load, so it must be on a replica that is less busy than those that have one.
+        free = room & (view.loads < best)
+        free[warm] = False
+        extra = _home(view, weights, free, request.rank)
+        extra = spare[:1] if spare.size and view.loads[spare[0]] < best else extra
+        ranking.add(extra, Reason.RESIDENT if np.isin(extra, spare).all() else Reason.SPREAD)
+    ranking.add(resident, Reason.RESIDENT)
+    ranking.add(loading, Reason.LOADING)
+    ranking.add(spare, Reason.RESIDENT)
+    cached = holders[Tier.HOST]
+    cached = cached[np.argsort(weights[cached])[::-1]]
+    ranking.add(cached[room[cached]], Reason.HOST_CACHED)
+    home = _home(view, weights, room, request.rank)
+    ranking.add(home if home.size else _home(view, weights, open_, request.rank), Reason.HOME)
+    ranking.add(cached, Reason.HOST_CACHED)
 
-    # A hot adapter uses its first `copies` warm replicas by load. A copy beyond those gets nothing while
-    # they can serve, so it ages out of its replica's slots: this is how an adapter that cooled down shrinks.
-    active = sorted(warm[:copies], key=lambda i: replicas[i].load)
-    ranked = [Choice(index, Reason.RESIDENT) for index in active]
-    if warm and cold and len(warm) < copies:
-        # Another copy costs a load, so it must take real work: as much less load as one copy should carry.
-        extra = min(cold[:copies], key=lambda i: replicas[i].load)
-        if replicas[extra].load + policy.spread_load <= replicas[active[0]].load:
-            ranked.insert(0, Choice(extra, Reason.SPREAD))
-            cold.remove(extra)
-    ranked += [Choice(i, Reason.RESIDENT) for i in sorted(warm[copies:], key=lambda i: replicas[i].load)]
 
-    cached = [index for index in cold if replicas[index].host_cached]
-    ranked += [Choice(index, Reason.HOST_CACHED) for index in cached]
-    cold = [index for index in cold if not replicas[index].host_cached]
-    if cold:
-        mean = sum(replicas[index].load for index in order) / len(order)
-        bound = policy.home_load_factor * mean + policy.home_load_slack
-        home = next((index for index in cold if replicas[index].load <= bound), cold[0])
-        ranked.append(Choice(home, Reason.HOME))
-        # Stable sort: equally loaded replicas stay in rendezvous order, the same in every router.
-        rest = sorted((index for index in cold if index != home), key=lambda i: replicas[i].load)
-        ranked += [Choice(index, Reason.LEAST_LOADED) for index in rest]
-    return ranked
+def _home(view: FleetView, weights: npt.NDArray[np.uint64], allowed: npt.NDArray[np.bool_], rank: int) -> Indices:
+    """The heaviest of those allowed, one that has a slot for the rank if there is one; empty if none is allowed."""
+    fitting = allowed & (view.room >= max(rank, 1))
+    if not fitting.any():
+        fitting = allowed
+    candidates = np.flatnonzero(fitting)
+    return candidates[np.argsort(weights[candidates])[-1:]]
+
+
+def _bound(view: FleetView, open_: npt.NDArray[np.bool_]) -> float:
+    policy = view.policy
+    return policy.home_load_factor * float(view.loads[open_].mean()) + policy.home_load_slack
+
+
+def _cheapest(view: FleetView, open_: npt.NDArray[np.bool_]) -> Indices:
+    """The least loaded, equally loaded ones in turns."""
+    candidates = np.flatnonzero(open_)
+    loads = np.roll(view.loads[candidates], -view.turn)
+    first = np.arange(loads.size) if loads.size <= SINGLES else np.argpartition(loads, SINGLES)[:SINGLES]
+    order = first[np.lexsort((first, loads[first]))]
+    return candidates[(order + view.turn) % candidates.size]
+
+
+def _by_load(view: FleetView, indices: Indices) -> Indices:
+    return indices[np.argsort(view.loads[indices], kind="stable")]
+
+
+def _those(open_: npt.NDArray[np.bool_], indices: list[int]) -> Indices:
+    found = np.array(indices, np.intp)
+    return found[open_[found]]

@@ -16,7 +16,9 @@ from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from deployments import routing_counters
-from deployments.placement import PlacementPolicy, Reason, ReplicaState, rank_replicas, rendezvous_order
+from deployments.placement import Reason
+from deployments.placement_policy import PlacementPolicy
+from deployments.replica_ranking import ReplicaState, rank_replicas, rendezvous_order
 from deployments.residency import ResidencyView
 from deployments.residency_feed import watch_hub
 

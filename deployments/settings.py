@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from adapter_store.settings import StoreSettings
-from deployments.placement import PlacementPolicy
+from deployments.placement_policy import PlacementPolicy
 from deployments.service import ServiceLimits
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
@@ -63,11 +63,9 @@ else:
 class RoutingSection(_PolicySection):
     """Fields of ``PlacementPolicy``, and:
 
-    prediction_ttl_s: how long a routed request counts as its adapter being resident, before news says so.
     max_backoff_s: longest pause between two tries while every replica is full.
     """
 
-    prediction_ttl_s: float = Field(default=1.0, ge=0)
     max_backoff_s: float = Field(default=0.05, gt=0)
 
 
@@ -211,7 +209,7 @@ class FleetSettings(_Section):
 
     def policy(self) -> Mapping[str, Any]:
         """The fields of ``PlacementPolicy``."""
-        return self.routing.model_dump(exclude={"prediction_ttl_s", "max_backoff_s"})
+        return self.routing.model_dump(exclude={"max_backoff_s"})
 
 
 def app_root() -> Path:

@@ -1,163 +1,254 @@
-"""The placement policy, by example and by property."""
+"""The placement policy, by property and by example."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.placement import Choice, PlacementPolicy, Reason, ReplicaState, rank_replicas, rendezvous_order
+from deployments.fleet_view import FleetView, ReplicaLoad, Tier
+from deployments.placement import SINGLES, Choice, PlacementRequest, Reason, place, rendezvous_weights
+from deployments.placement_policy import PlacementPolicy
 
-POLICY = PlacementPolicy(spread_load=4, max_copies=3, home_load_factor=2.0, home_load_slack=2)
-
-replica_states = st.lists(
-    st.builds(
-        ReplicaState,
-        key=st.text("abcdef0123456789", min_size=4, max_size=8),
-        load=st.integers(0, 60),
-        resident=st.booleans(),
-        host_cached=st.booleans(),
-        saturated=st.booleans(),
-        draining=st.booleans(),
-    ),
-    min_size=1,
-    max_size=12,
-    unique_by=lambda state: state.key,
-)
-adapters = st.one_of(st.none(), st.text("0123456789abcdef", min_size=8, max_size=8))
+STEP = 8  # rows one step of these replicas holds
+ADAPTERS = ["1a", "2b", "3c", "4d"]
 
 
-def rank(replicas, adapter, in_flight=0, turn=0, policy=POLICY):
-    homes = rendezvous_order(adapter, [r.key for r in replicas]) if adapter else ()
-    return rank_replicas(replicas, homes, policy, in_flight, turn)
+def fleet(count=4, **policy):
+    view = FleetView(PlacementPolicy(**policy))
+    view.keep_only([f"replica-{i:04}" for i in range(count)])
+    for name in view.names:
+        view.report(name, ReplicaLoad(max_rows=STEP))
+    return view
 
 
-def fleet(count, **by_index):
-    states = [ReplicaState(f"replica-{i}") for i in range(count)]
-    for name, changes in by_index.items():
-        states[int(name[1:])] = replace(states[int(name[1:])], **changes)
-    return states
+def rows(view, replica, count, **load):
+    """The replica says that so many rows run there."""
+    view.report(replica, ReplicaLoad(running=count, max_rows=STEP, **load))
 
 
-def home_of(adapter, count=4):
-    return rendezvous_order(adapter, [f"replica-{i}" for i in range(count)])
+def homes(view, adapter):
+    """Names by rendezvous weight, the home first."""
+    weights = rendezvous_weights(adapter, view.hashes)
+    return [view.names[i] for i in reversed(weights.argsort())]
 
 
-@given(replica_states, adapters, st.integers(0, 200), st.integers(0, 1000))
-def test_every_replica_stands_in_the_ranking_once(replicas, adapter, in_flight, turn):
-    ranking = rank(replicas, adapter, in_flight, turn)
-    assert sorted(choice.index for choice in ranking) == list(range(len(replicas)))
+def first(view, adapter, now=0.0, **request):
+    return place(view, PlacementRequest(adapter, **request), now)[0]
 
 
-@given(replica_states, adapters, st.integers(0, 200), st.integers(0, 1000))
-def test_a_saturated_or_draining_replica_is_never_before_one_that_can_serve(replicas, adapter, in_flight, turn):
-    def rung(choice):
-        state = replicas[choice.index]
-        return 2 if state.draining else 1 if state.saturated else 0
+@st.composite
+def views(draw):
+    view = FleetView(PlacementPolicy(prediction_ttl_s=1.0))
+    names = draw(st.lists(st.text("abcdef0123456789", min_size=4, max_size=8), min_size=1, max_size=12, unique=True))
+    view.keep_only(names)
+    for name in names:
+        if draw(st.booleans()):
+            demand = draw(st.dictionaries(st.sampled_from(ADAPTERS), st.integers(1, 20), max_size=3))
+            load = ReplicaLoad(
+                running=sum(demand.values()),
+                waiting=draw(st.integers(0, 20)),
+                max_rows=draw(st.sampled_from([1, 8, 64])),
+                ranks=draw(st.integers(0, 256)),
+                free_slots=draw(st.sampled_from([(), ((16, 0),), ((16, 3), (64, 0)), ((16, 0), (64, 1))])),
+                saturated=draw(st.integers(0, 3)) == 0,
+                draining=draw(st.integers(0, 5)) == 0,
+                rows=demand,
+            )
+            view.report(name, load)
+        for tier in Tier:
+            view.replace(name, tier, draw(st.sets(st.sampled_from(ADAPTERS), max_size=2)))
+        if draw(st.booleans()):
+            view.routed(name, draw(st.sampled_from(["", *ADAPTERS])), now=0.0)
+    return view
 
-    rungs = [rung(choice) for choice in rank(replicas, adapter, in_flight, turn)]
-    assert rungs == sorted(rungs)
+
+@st.composite
+def requests(draw, view_names=()):
+    return PlacementRequest(
+        draw(st.sampled_from(["", *ADAPTERS, "nowhere"])), rank=draw(st.sampled_from([0, 8, 64, 128]))
+    )
 
 
-@given(replica_states, adapters.filter(bool))
-def test_a_cold_adapter_goes_to_a_resident_replica_if_one_can_serve_else_to_a_cached_one(replicas, adapter):
-    ready = [r for r in replicas if not r.saturated and not r.draining]
-    if not ready:
-        return
-    first = rank(replicas, adapter, in_flight=1)[0]
-    if any(r.resident for r in ready):
-        assert first.reason is Reason.RESIDENT and replicas[first.index].resident
-    elif any(r.host_cached for r in ready):
-        assert first.reason is Reason.HOST_CACHED and replicas[first.index].host_cached
+@given(views(), requests(), st.data())
+def test_a_ranking_names_replicas_that_exist_once_each_and_somebody(view, request, data):
+    avoid = frozenset(data.draw(st.sets(st.sampled_from([*view.names, "gone"]))))
+    request = PlacementRequest(request.adapter, request.rank, avoid=avoid)
+    names = [choice.replica for choice in place(view, request, 0.5)]
+    assert 1 <= len(names) == len(set(names)) <= SINGLES
+    assert set(names) <= set(view.names)
+
+
+@given(views(), requests(), st.data())
+def test_nobody_saturated_draining_or_avoided_is_named_while_another_can_serve(view, request, data):
+    avoid = frozenset(data.draw(st.sets(st.sampled_from(view.names))))
+    able = {name for name, closed in zip(view.names, view.closed, strict=True) if not closed and name not in avoid}
+    ranking = place(view, PlacementRequest(request.adapter, request.rank, avoid=avoid), 0.5)
+    if able:
+        assert {choice.replica for choice in ranking} <= able
     else:
-        assert first.reason is Reason.HOME
+        # A draining one refuses for certain; one that is full or failed a moment ago may not.
+        hopeful = {name for name, closed in zip(view.names, view.closed, strict=True) if closed < 2}
+        assert not hopeful or {choice.replica for choice in ranking} <= hopeful
 
 
-@given(replica_states, adapters.filter(bool), st.integers(0, 200), st.randoms())
-def test_the_ranking_does_not_depend_on_the_order_in_which_replicas_are_listed(replicas, adapter, in_flight, random):
-    shuffled = list(replicas)
-    random.shuffle(shuffled)
-    expected = [(replicas[c.index].key, c.reason) for c in rank(replicas, adapter, in_flight)]
-    assert [(shuffled[c.index].key, c.reason) for c in rank(shuffled, adapter, in_flight)] == expected
+@given(views(), requests())
+def test_the_same_view_gives_the_same_answer(view, request):
+    assert place(view, request, 0.5) == place(view, request, 0.5)
 
 
-@given(replica_states, adapters.filter(bool), st.integers(0, 200))
-def test_losing_a_replica_that_was_not_chosen_moves_no_home(replicas, adapter, in_flight):
-    cold = [ReplicaState(r.key) for r in replicas]
-    first = rank(cold, adapter, in_flight)[0].index
-    for lost in range(len(cold)):
-        if lost == first:
-            continue
-        rest = [r for i, r in enumerate(cold) if i != lost]
-        assert rest[rank(rest, adapter, in_flight)[0].index].key == cold[first].key
+@given(views(), requests(), st.randoms())
+def test_the_order_in_which_replicas_became_known_does_not_matter(view, request, random):
+    other = FleetView(view.policy)
+    names = list(view.names)
+    random.shuffle(names)
+    other.keep_only(names)
+    random.shuffle(names)
+    for name in names:
+        known = view._replicas[name]
+        if known.load is not None:
+            other.report(name, known.load)
+        for tier, adapters in known.tiers.items():
+            other.replace(name, tier, adapters)
+        for adapter, count in known.own.items():
+            for _ in range(count):
+                other.routed(name, adapter, 0.0)
+    other.turn = view.turn
+    assert place(other, request, 0.5) == place(view, request, 0.5)
 
 
-@given(replica_states, st.integers(0, 1000))
-def test_the_base_model_goes_to_the_least_loaded_replica_that_can_serve(replicas, turn):
-    ready = [r for r in replicas if not r.saturated and not r.draining]
-    if ready:
-        first = rank(replicas, None, turn=turn)[0]
-        assert replicas[first.index] in ready
-        assert replicas[first.index].load == min(r.load for r in ready)
+@given(views(), st.sampled_from(ADAPTERS))
+def test_a_resident_copy_is_preferred_to_all_else_unless_it_is_busy(view, adapter):
+    able = [index for index, closed in enumerate(view.closed) if not closed]
+    resident = [index for index in view.holders(adapter, 0.5)[Tier.RESIDENT] if index in able]
+    if not resident:
+        return
+    choice = first(view, adapter, 0.5)
+    if choice.reason is not Reason.RESIDENT:
+        best = min(view.loads[index] for index in resident)
+        chosen = view.names.index(choice.replica)
+        assert view.loads[chosen] < best
+        assert best > view.policy.spill_at or view.copies(adapter) > len(resident)
 
 
-@given(replica_states, adapters.filter(bool), st.integers(0, 100_000))
-def test_copies_are_bounded_and_grow_with_load(replicas, adapter, in_flight):
-    count = len(replicas)
-    copies = POLICY.copies(in_flight, count)
-    assert 1 <= copies <= min(count, POLICY.max_copies)
-    assert copies <= POLICY.copies(in_flight + 1, count)
-    assert POLICY.copies(POLICY.spread_load, count) == 1
-    # Spreading never invents a replica beyond the adapter's first homes.
-    for choice in rank(replicas, adapter, in_flight):
-        assert choice.reason is not Reason.SPREAD or copies > 1
+@given(st.integers(1, 40), st.integers(1, 200))
+def test_base_model_requests_balance(replicas, count):
+    view = fleet(replicas)
+    for _ in range(count):
+        view.routed(first(view, "").replica, "", now=0.0)
+    assert view.loads.max() - view.loads.min() <= 1 / STEP
 
 
-def test_the_base_model_takes_turns_between_equally_loaded_replicas():
-    assert {rank(fleet(4), None, turn=turn)[0].index for turn in range(4)} == {0, 1, 2, 3}
+def test_base_model_requests_take_turns_between_equally_loaded_replicas():
+    view, seen = fleet(4), []
+    for _ in range(8):
+        chosen = first(view, "").replica
+        view.routed(chosen, "", now=0.0)
+        view.finished(chosen, "")
+        seen.append(chosen)
+    assert sorted(seen[:4]) == list(view.names) and seen[4:] == seen[:4]
 
 
-def test_homes_spread_adapters_evenly_and_agree_everywhere():
-    firsts = [home_of(f"adapter-{i}", 8)[0] for i in range(2000)]
-    counts = [firsts.count(i) for i in range(8)]
-    assert min(counts) > 180 and max(counts) < 320
-    assert firsts[:5] == [home_of(f"adapter-{i}", 8)[0] for i in range(5)]
+def test_base_model_requests_go_to_the_replica_with_fewer_ranks_in_its_batch():
+    view = fleet(2)
+    for name, ranks in zip(view.names, (64, 0), strict=True):
+        rows(view, name, 2, ranks=ranks)
+    assert first(view, "").replica == view.names[1]
 
 
-def test_a_hot_adapter_takes_a_second_replica_and_gives_it_back():
-    first, second, third, _ = home_of("hot")
-    states = fleet(4, **{f"r{first}": {"resident": True, "load": 6}})
-    assert rank(states, "hot", in_flight=4)[0] == Choice(first, Reason.RESIDENT)
-    assert rank(states, "hot", in_flight=6)[0] == Choice(second, Reason.SPREAD)
-    # Not while the second home is itself as busy as the first.
-    busy = fleet(4, **{f"r{first}": {"resident": True, "load": 6}, f"r{second}": {"load": 5}, f"r{third}": {"load": 5}})
-    assert rank(busy, "hot", in_flight=6)[0] == Choice(first, Reason.RESIDENT)
-    # Both copies share the work by load; once cold again, the second gets none although it is idle.
-    both = fleet(4, **{f"r{first}": {"resident": True, "load": 6}, f"r{second}": {"resident": True, "load": 3}})
-    assert rank(both, "hot", in_flight=8)[0] == Choice(second, Reason.RESIDENT)
-    assert rank(both, "hot", in_flight=3)[0] == Choice(first, Reason.RESIDENT)
+def test_without_any_news_routers_agree_on_homes_and_spread_adapters_evenly():
+    started, other = (FleetView(PlacementPolicy()) for _ in range(2))
+    names = [f"replica-{i}" for i in range(8)]
+    started.keep_only(names)
+    other.keep_only(names[::-1])
+    counts = dict.fromkeys(names, 0)
+    for number in range(2000):
+        choice = first(started, f"adapter-{number}")
+        assert choice == first(other, f"adapter-{number}") and choice.reason is Reason.HOME
+        counts[choice.replica] += 1
+    assert min(counts.values()) > 180 and max(counts.values()) < 320
+
+
+@given(st.integers(2, 30), st.integers(0, 29))
+def test_a_replica_that_goes_moves_its_own_adapters_alone(count, lost):
+    adapters = [f"adapter-{i}" for i in range(200)]
+    before, after = fleet(count), fleet(count)
+    gone = before.names[lost % count]
+    after.keep_only([name for name in before.names if name != gone])
+    for adapter in adapters:
+        was, now = first(before, adapter), first(after, adapter)
+        assert (was != now) == (was.replica == gone)
+        if was != now:
+            assert now.replica == homes(before, adapter)[1]
+
+
+def test_what_waits_for_its_load_is_joined_and_a_host_cached_copy_beats_an_idle_home():
+    view = fleet()
+    home, second, third, _ = homes(view, "x")
+    view.change(second, Tier.HOST, ["x"], [])
+    assert [c.reason for c in place(view, PlacementRequest("x"), 0.0)[:2]] == [Reason.HOST_CACHED, Reason.HOME]
+    view.change(third, Tier.LOADING, ["x"], [])
+    assert first(view, "x") == Choice(third, Reason.LOADING)
+    view.change(home, Tier.RESIDENT, ["x"], [])
+    assert first(view, "x") == Choice(home, Reason.RESIDENT)
+
+
+def test_requests_of_one_tick_follow_the_first_one_to_its_home():
+    view = fleet()
+    home = first(view, "x").replica
+    for _ in range(3):
+        view.routed(home, "x", 0.0)
+        assert first(view, "x") == Choice(home, Reason.LOADING)
 
 
 def test_a_cold_adapter_passes_over_a_home_that_is_far_busier_than_the_rest():
-    first, second, *_ = home_of("cold")
-    even = fleet(4, **{f"r{first}": {"load": 2}})
-    assert rank(even, "cold")[0] == Choice(first, Reason.HOME)
-    uneven = fleet(4, **{f"r{first}": {"load": 40}})
-    assert rank(uneven, "cold")[0] == Choice(second, Reason.HOME)
+    view = fleet(home_load_factor=1.25, home_load_slack=0.25)
+    home, second, *_ = homes(view, "x")
+    rows(view, home, 2)
+    assert first(view, "x") == Choice(home, Reason.HOME)
+    rows(view, home, 8)
+    assert first(view, "x") == Choice(second, Reason.HOME)
 
 
-def test_a_host_cached_copy_beats_an_idle_home():
-    first, second, *_ = home_of("warm")
-    states = fleet(4, **{f"r{second}": {"host_cached": True, "load": 3}})
-    ranking = rank(states, "warm")
-    assert ranking[:2] == [Choice(second, Reason.HOST_CACHED), Choice(first, Reason.HOME)]
+def test_a_cold_adapter_passes_over_a_home_without_a_slot_for_it_while_another_has_one():
+    view = fleet()
+    home, second, *others = homes(view, "x")
+    rows(view, home, 1, free_slots=((16, 1), (64, 0)))
+    assert first(view, "x", rank=16).replica == home
+    assert first(view, "x", rank=32).replica == second
+    for name in (second, *others):
+        rows(view, name, 1, free_slots=((16, 0), (64, 0)))
+    assert first(view, "x", rank=32).replica == home
+    # It does not leave a home that can take it for the sake of a lesser load.
+    rows(view, home, 2, free_slots=((16, 1),))
+    assert first(view, "x", rank=16).replica == home
+
+
+def test_a_hot_adapter_takes_a_second_replica_and_both_share_its_work():
+    view = fleet(spread_at=0.5)
+    home, second, *_ = homes(view, "hot")
+    view.change(home, Tier.RESIDENT, ["hot"], [])
+    rows(view, home, 3, rows={"hot": 3})
+    assert first(view, "hot") == Choice(home, Reason.RESIDENT)
+    rows(view, home, 4, rows={"hot": 4})
+    assert first(view, "hot") == Choice(second, Reason.SPREAD)
+    # Not where it would be no better off.
+    for name in view.names:
+        if name != home:
+            rows(view, name, 4)
+    assert first(view, "hot") == Choice(home, Reason.RESIDENT)
+    view.change(second, Tier.RESIDENT, ["hot"], [])
+    rows(view, second, 3, rows={"hot": 3})
+    assert first(view, "hot") == Choice(second, Reason.RESIDENT)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("spread_load", 0), ("max_copies", 0), ("home_load_factor", 0.5), ("home_load_slack", -1)]
-)
+    ("field", "value"),
+    [
+        ("spread_at", 0), ("spread_at", float("nan")), ("shrink_at", 1.5), ("max_copies", 0), ("home_load_factor", 0.5),
+        ("home_load_slack", -1), ("spill_at", -1), ("rank_rows", -0.1), ("prediction_ttl_s", -1), ("shrink_after_s", -1),
+    ],
+)  # fmt: skip
 def test_a_policy_that_makes_no_sense_is_refused_by_field(field, value):
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=f"^{field} is"):
         PlacementPolicy(**{field: value})

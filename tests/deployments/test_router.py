@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from deployments.placement import Reason, rendezvous_order
+from deployments.placement import Reason
+from deployments.replica_ranking import rendezvous_order
 from deployments.residency import ReplicaNews, short_key
 from deployments.router import AdapterRouter
 from deployments.routing_counters import counters
@@ -24,7 +25,7 @@ async def replicas():
 
 @pytest.fixture
 async def router(replicas):
-    made = make_router(AdapterRouter, replicas, spread_load=4)
+    made = make_router(AdapterRouter, replicas)
     await asyncio.sleep(0.01)  # the probes of new replicas
     return made
 

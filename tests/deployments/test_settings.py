@@ -44,7 +44,7 @@ def test_the_shipped_configuration_builds_the_application():
         ({"store": {"hub_retries": 99}}, "store: hub_retries is 99"),
         ({"adapters": {"a": "s3:x"}}, "Value error, adapters['a']"),
         ({"allow": ["acme/*"]}, "Value error, allow"),
-        ({"routing": {"spread_load": 0}}, "routing: spread_load is 0"),
+        ({"routing": {"spread_at": 0}}, "routing: spread_at is 0"),
         ({"replicas": {"num_replicas": 0}}, "replicas.num_replicas"),
         ({"replicas": {"num_gpus": 1.5}}, "replicas: num_gpus is 1.5"),
         ({"replicas": {"num_gpus": "all"}}, "replicas.num_gpus"),
