@@ -1,6 +1,6 @@
 """How many replicas a fleet should have: a pure function of what its replicas say of themselves.
 
-It knows neither Ray nor a clock, so the same arguments always give the same answer. ``autoscaling`` hangs it into Serve.
+It knows neither Ray nor a clock: the same arguments always give the same answer. ``autoscaling`` hangs it into Serve.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def decide(
 ) -> ScalingDecision:
     """The size that fits what there is to do; whoever asks bounds it and waits until the answer has lasted.
 
-    running: replicas that run, of which ``reports`` came. target: the size aimed at now. requests: under way to replicas
-    or with them, as the callers count them. now: seconds on any clock.
+    running: replicas that run, of which ``reports`` came. target: the size aimed at now. requests: under way to
+    replicas or with them, as the callers count them. now: seconds on any clock.
 
     Every signal is scaled to the size at which it would be at its target, and the largest size counts: at most twice
     the replicas that run, because nobody knows what comes after them. Fewer replicas are asked for where even those

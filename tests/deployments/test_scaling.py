@@ -219,7 +219,7 @@ def test_a_target_that_is_none_is_refused_by_name():
     for name in ("target_rows", "target_wait_s", "target_slots", "target_loading"):
         with pytest.raises(ValueError, match=f"{name} is 0 but must be more than 0"):
             ScalingPolicy(**{name: 0})
-    with pytest.raises(ValueError, match="slack is 1.0 but must be from 0.05 to below 1"):
+    with pytest.raises(ValueError, match=r"slack is 1\.0 but must be from 0\.05 to below 1"):
         ScalingPolicy(slack=1.0)
     with pytest.raises(ValueError, match="cooldown_s is -1 but must be at least 0"):
         ScalingPolicy(cooldown_s=-1)
