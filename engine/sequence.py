@@ -31,7 +31,8 @@ class Sequence:
     page_keys: names of what its first full pages hold, see ``prefix_keys``; published: how many the page pool knows.
     preempted: it ran before and waits again. age: admissions of other tenants' later arrivals while it was the first of
     its tenant. overtaken: admissions of those behind it in the order while it had no slot to go to. draining: the
-    digest that its starvation keeps from being admitted again, so that a slot comes free.
+    digest that its starvation keeps from being admitted again, so that a slot comes free. waits_since: when it was
+    queued last (monotonic seconds).
     """
 
     request: GenerationRequest
@@ -55,6 +56,7 @@ class Sequence:
     age: int = 0
     overtaken: int = 0
     draining: str | None = None
+    waits_since: float = 0.0
     finished: bool = False
 
     def __post_init__(self) -> None:

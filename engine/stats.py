@@ -26,9 +26,10 @@ class EngineStats:
     """A moment's picture. Counts of requests, pages and adapters are of now, the others are totals since the start.
 
     resident and host_cached: adapter digests in slots and in host memory. slots_in_use: slots that requests refer to.
-    waiting_for_adapter: not in waiting. waiting_tenants: tenants with requests in waiting; waiting_by_tenant: how many
-    of each, of the ``MOST_TENANTS`` with most. host_bytes: taken in host memory, of host_budget_bytes;
-    host_referenced_bytes: of those, what waiting requests, loads and copies use. pinned: digests of pinned adapters.
+    waiting_for_adapter: not in waiting. longest_wait_s: how long the one in waiting that was queued first has waited so
+    far. waiting_tenants: tenants with requests in waiting; waiting_by_tenant: how many of each, of the ``MOST_TENANTS``
+    with most. host_bytes: taken in host memory, of host_budget_bytes; host_referenced_bytes: of those, what waiting
+    requests, loads and copies use. pinned: digests of pinned adapters.
     prefetches: adapters brought to a slot before a request could run, or without one.
     residency_version grows whenever ``resident`` changes. last_step_seconds: wall time of the last step, 0 before
     the first. reused_tokens: tokens that were not computed because pages held their keys and values already.
@@ -38,6 +39,7 @@ class EngineStats:
     running: int
     waiting: int
     waiting_for_adapter: int
+    longest_wait_s: float
     waiting_tenants: int
     waiting_by_tenant: tuple[tuple[str, int], ...]
     num_pages: int

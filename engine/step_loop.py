@@ -159,6 +159,7 @@ class StepLoop:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             waiting_for_adapter=0 if self._loads is None else self._loads.waiting,
+            longest_wait_s=scheduler.waiting.longest_s(),
             waiting_tenants=len(tenants),
             waiting_by_tenant=tuple(sorted(tenants.items(), key=lambda entry: -entry[1])[:MOST_TENANTS]),
             num_pages=parts.pages.num_pages,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
 from collections.abc import Iterable, Iterator
 
@@ -48,6 +49,7 @@ class WaitingQueue:
             if not sequence.preempted:
                 self._counters.lift(sequence.tenant, self._tenants)
             line = self._tenants[sequence.tenant] = []
+        sequence.waits_since = time.monotonic()
         insort(line, sequence, key=_in_line)
         self._size += 1
         self.changes += 1
@@ -94,6 +96,11 @@ class WaitingQueue:
     def tenants(self) -> dict[str, int]:
         """How many of each tenant wait. Any thread."""
         return {tenant: len(line) for tenant, line in self._tenants.copy().items()}
+
+    def longest_s(self) -> float:
+        """Seconds that the one who waits longest has waited so far; 0 when nobody waits. Any thread."""
+        since = [sequence.waits_since for line in self._tenants.copy().values() for sequence in line.copy()]
+        return time.monotonic() - min(since) if since else 0.0
 
     def _order(self, line: list[Sequence], place: int) -> Order:
         sequence = line[place]

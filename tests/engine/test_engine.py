@@ -252,6 +252,19 @@ async def test_the_load_counts_rows_their_ranks_and_the_slots_that_can_be_given(
         await until(lambda: engine.load() == EngineLoad(0, 0, 0, ((16, 2),)))
 
 
+async def test_the_longest_wait_is_of_those_who_wait_now(model: TinyModel) -> None:
+    async with running(settings_for(model, [], max_rows=1)) as engine:
+        first = asyncio.create_task(answer(engine, ask("first", [5], new=250)))
+        await until(lambda: engine.load().running == 1)
+        assert engine.stats().longest_wait_s == 0
+        second = asyncio.create_task(answer(engine, ask("second", [5], new=4)))
+        await until(lambda: engine.stats().longest_wait_s > 0.02)
+        waited = engine.stats().longest_wait_s
+        assert waited < engine.stats().longest_wait_s or second.done() or first.done()
+        await asyncio.gather(first, second)
+        assert engine.stats().longest_wait_s == 0
+
+
 # --- leaving --------------------------------------------------------------------------------------------------------
 
 
