@@ -10,11 +10,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import DeploymentActorConfig, RequestRouterConfig
 
+from deployments.autoscaling import autoscaling_config
 from deployments.gateway import Gateway
 from deployments.hub import HUB_NAME, FleetHub
 from deployments.live import LiveSettings
 from deployments.replica import LoraReplica
-from deployments.settings import FleetSettings
+from deployments.settings import FleetSettings, ReplicaSection
 
 MARGIN = 32  # a replica's own queue must be what refuses, so Serve lets this many more through
 
@@ -37,7 +38,7 @@ def application(args: FleetSettings, live: LiveSettings | None = None) -> Applic
     engine = settings.engine_settings()
     router: dict[str, Any] = {
         "request_router_class": "deployments.router:AdapterRouter",
-        "request_router_kwargs": {**settings.policy(), "prediction_ttl_s": settings.routing.prediction_ttl_s},
+        "request_router_kwargs": dict(settings.policy()),
         "initial_backoff_s": min(0.01, settings.routing.max_backoff_s),
         "max_backoff_s": settings.routing.max_backoff_s,
     }
@@ -46,12 +47,12 @@ def application(args: FleetSettings, live: LiveSettings | None = None) -> Applic
     )
     replica_deployment = serve.deployment(
         name="LoraReplica",
-        num_replicas=settings.replicas.num_replicas,
+        **number_of_replicas(settings.replicas),
         max_ongoing_requests=engine.max_rows + engine.max_waiting + MARGIN,
         max_queued_requests=settings.replicas.max_queued_requests,
         graceful_shutdown_timeout_s=settings.replicas.graceful_shutdown_timeout_s,
         health_check_period_s=settings.replicas.health_check_period_s,
-        ray_actor_options={"num_cpus": settings.replicas.num_cpus, "num_gpus": settings.replicas.num_gpus},
+        ray_actor_options=actor_options(settings.replicas),
         request_router_config=RequestRouterConfig(**router),
         deployment_actors=[hub],
         user_config=user_config,
@@ -69,6 +70,33 @@ def application(args: FleetSettings, live: LiveSettings | None = None) -> Applic
     replicas = replica_deployment(LoraReplica).options(version=version, _internal=True)
     gateway = gateway_deployment(serve.ingress()(Gateway)).options(version=version, _internal=True)
     return gateway.bind(replicas.bind(plain), plain)
+
+
+def number_of_replicas(replicas: ReplicaSection) -> dict[str, Any]:
+    """How many replicas there are, as Serve wants to be told."""
+    scaling = replicas.autoscaling
+    if scaling is None:
+        return {"num_replicas": replicas.num_replicas or 1}
+    config = autoscaling_config(
+        scaling.policy(),
+        scaling.interval_s,
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        initial_replicas=scaling.initial_replicas,
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        downscale_to_zero_delay_s=scaling.downscale_to_zero_delay_s,
+        look_back_period_s=scaling.look_back_s,
+    )
+    return {"autoscaling_config": config}
+
+
+def actor_options(replicas: ReplicaSection) -> dict[str, Any]:
+    """What Ray sets aside for a replica, and where."""
+    options: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus}
+    if replicas.accelerator_type is not None:
+        options["accelerator_type"] = replicas.accelerator_type
+    return options | ({"resources": dict(replicas.resources)} if replicas.resources else {})
 
 
 def cluster_gpus() -> float:

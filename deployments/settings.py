@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from adapter_store.settings import StoreSettings
 from deployments.placement_policy import PlacementPolicy
+from deployments.scaling import ScalingPolicy
 from deployments.service import ServiceLimits
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
@@ -48,6 +49,9 @@ if TYPE_CHECKING:  # a type checker cannot see into models that are made at run 
 
     class _LimitsSection(_Section):
         """Fields of ``ServiceLimits``."""
+
+    class _ScalingSection(_Section):
+        """Fields of ``ScalingPolicy``."""
 else:
     EngineSection = _section_of(
         EngineSettings,
@@ -58,6 +62,7 @@ else:
     StoreSection = _section_of(StoreSettings, "StoreSection", {"root", "adapters", "folders", "allow"})
     _PolicySection = _section_of(PlacementPolicy, "_PolicySection", set())
     _LimitsSection = _section_of(ServiceLimits, "_LimitsSection", set())
+    _ScalingSection = _section_of(ScalingPolicy, "_ScalingSection", set())
 
 
 class RoutingSection(_PolicySection):
@@ -89,19 +94,58 @@ class GatewaySection(_LimitsSection):
     metric_adapters: int = Field(default=50, ge=0)
 
 
+class AutoscalingSection(_ScalingSection):
+    """Fields of ``ScalingPolicy``, and between which numbers and how soon Serve follows it.
+
+    min_replicas: 0 lets an idle fleet go away altogether; the next request waits for a replica to start.
+    initial_replicas: at the first start; ``min_replicas`` when left out. upscale_delay_s, downscale_delay_s,
+    downscale_to_zero_delay_s: how long a decision must have held before it is carried out; the last one is
+    ``downscale_delay_s`` when left out. look_back_s: what decisions are a mean over. interval_s: how often replicas and
+    gateways say what weighs on them.
+    """
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(ge=1)
+    initial_replicas: int | None = Field(default=None, ge=0)
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(default=None, ge=0)
+    look_back_s: float = Field(default=20.0, gt=0)
+    interval_s: float = Field(default=5.0, gt=0)
+
+    def policy(self) -> dict[str, float]:
+        """The fields of ``ScalingPolicy``."""
+        return self.model_dump(include={entry.name for entry in fields(ScalingPolicy)})
+
+    def mistakes(self) -> str | None:
+        """What is wrong with these settings together."""
+        if self.max_replicas < self.min_replicas:
+            return f"max_replicas is {self.max_replicas} but must be at least min_replicas, {self.min_replicas}"
+        initial = self.min_replicas if self.initial_replicas is None else self.initial_replicas
+        if not self.min_replicas <= initial <= self.max_replicas:
+            return f"initial_replicas is {initial} but must be from min_replicas to max_replicas"
+        if self.look_back_s <= self.interval_s:
+            return f"look_back_s is {self.look_back_s:g} but must be more than interval_s, {self.interval_s:g}"
+        return None
+
+
 class ReplicaSection(_Section):
     """How the LoraReplica deployment runs.
 
+    num_replicas: how many; 1 when neither this nor ``autoscaling`` is set.
     num_gpus: GPUs of one replica, fractions allowed; "auto" is 1 where the cluster has GPUs, an equal share where it
-    has fewer than replicas, and 0 where it has none. Replicas that share a GPU share its memory: each takes its part
-    of ``engine.kv_memory_fraction``.
+    has fewer than replicas, and 0 where it has none; never a share with ``autoscaling``. Replicas that share a GPU
+    share its memory: each takes its part of ``engine.kv_memory_fraction``.
+    accelerator_type, resources: what a node must have for a replica, as Ray names it, such as "H100" and {"rack-7": 1}.
+    warm_up_s: how long a new replica may spend on bringing adapters here before it takes requests; 0 does without.
     max_queued_requests: requests one gateway keeps while every replica is full or none is up; more get a 503.
     stream_items_per_s: stream items a replica sends at most, over all its streams; tokens that come faster are
     sent together. stream_max_delay_s: longest a token is held back for that. graceful_shutdown_timeout_s: how
     long running requests may go on when the replica is to stop.
     """
 
-    num_replicas: int = Field(default=1, ge=1)
+    num_replicas: int | None = Field(default=None, ge=1)
+    autoscaling: AutoscalingSection | None = None
     num_gpus: float | Literal["auto"] = "auto"
     num_cpus: float = Field(default=0.5, ge=0)
     max_queued_requests: int = Field(default=1024, ge=0)
@@ -109,6 +153,29 @@ class ReplicaSection(_Section):
     stream_max_delay_s: float = Field(default=0.1, ge=0)
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
     health_check_period_s: float = Field(default=5.0, gt=0)
+    accelerator_type: str | None = None
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    warm_up_s: float = Field(default=20.0, ge=0)
+
+    @property
+    def at_start(self) -> int:
+        """Replicas that an application starts with at least."""
+        return 0 if self.autoscaling is not None else self.num_replicas or 1
+
+    def mistakes(self) -> str | None:
+        """What is wrong with these settings together."""
+        if self.autoscaling is not None and self.num_replicas is not None:
+            return (
+                f"num_replicas is {self.num_replicas} but autoscaling is set too: leave one of them out, or write "
+                "autoscaling.initial_replicas for the number at the start"
+            )
+        gpus = self.num_gpus
+        if gpus != "auto" and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
+            return f"num_gpus is {gpus} but must be 0, a fraction of 1, or a whole number"
+        if taken := sorted({"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys()):
+            return f"resources has {taken[0]!r}, which Ray counts itself: it is for resources of your own"
+        wrong = None if self.autoscaling is None else self.autoscaling.mistakes()
+        return None if wrong is None else f"autoscaling: {wrong}"
 
 
 class FleetSettings(_Section):
@@ -148,15 +215,15 @@ class FleetSettings(_Section):
             "engine": self.engine_settings,
             "routing": lambda: PlacementPolicy(**self.policy()),
             "gateway": self.service_limits,
+            "replicas: autoscaling": self.scaling_policy,
         }
         for section, make in checks.items():
             try:
                 make()
             except ValueError as error:
                 raise ValueError(f"{section}: {error}" if section else str(error)) from error
-        gpus = self.replicas.num_gpus
-        if gpus != "auto" and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
-            raise ValueError(f"replicas: num_gpus is {gpus} but must be 0, a fraction of 1, or a whole number")
+        if wrong := self.replicas.mistakes():
+            raise ValueError(f"replicas: {wrong}")
         return self
 
     def resolved(self, cluster_gpus: float) -> FleetSettings:
@@ -164,7 +231,8 @@ class FleetSettings(_Section):
         if self.replicas.num_gpus != "auto":
             return self
         # Replicas on one GPU share it equally: 3 replicas on 2 GPUs take a half each, as 2/3 would not fit twice.
-        gpus = 1 / ceil(self.replicas.num_replicas / cluster_gpus) if cluster_gpus else 0.0
+        # How many an autoscaler brings, and to how many GPUs, nobody knows yet: each has one of its own.
+        gpus = 1 / max(1, ceil(self.replicas.at_start / cluster_gpus)) if cluster_gpus else 0.0
         return self.model_copy(update={"replicas": self.replicas.model_copy(update={"num_gpus": gpus})})
 
     @property
@@ -206,6 +274,11 @@ class FleetSettings(_Section):
         """For one gateway."""
         own = {"num_replicas", "num_cpus", "max_ongoing_requests", "admin", "metric_adapters"}
         return ServiceLimits(**self.gateway.model_dump(exclude=own))
+
+    def scaling_policy(self) -> ScalingPolicy | None:
+        """When to have more or fewer replicas; None for a fixed number."""
+        section = self.replicas.autoscaling
+        return None if section is None else ScalingPolicy(**section.policy())
 
     def policy(self) -> Mapping[str, Any]:
         """The fields of ``PlacementPolicy``."""

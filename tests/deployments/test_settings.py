@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.app import build
+from deployments.app import actor_options, build
 from deployments.pacing import StreamPacing, paced, together
 from deployments.settings import FleetSettings, app_root
 from engine.request import GenerationChunk
@@ -48,6 +48,33 @@ def test_the_shipped_configuration_builds_the_application():
         ({"replicas": {"num_replicas": 0}}, "replicas.num_replicas"),
         ({"replicas": {"num_gpus": 1.5}}, "replicas: num_gpus is 1.5"),
         ({"replicas": {"num_gpus": "all"}}, "replicas.num_gpus"),
+        ({"replicas": {"resources": {"GPU": 1}}}, "replicas: resources has 'GPU', which Ray counts itself"),
+        ({"replicas": {"resources": {"rack-7": 0}}}, "replicas.resources.rack-7"),
+        ({"replicas": {"autoscaling": {}}}, "replicas.autoscaling.max_replicas"),
+        ({"replicas": {"autoscaling": {"max_replicas": 0}}}, "replicas.autoscaling.max_replicas"),
+        ({"replicas": {"autoscaling": {"max_replicas": 2, "min_replicas": -1}}}, "replicas.autoscaling.min_replicas"),
+        ({"replicas": {"autoscaling": {"max_replicas": 2, "target_ongoing_requests": 9}}}, "target_ongoing_requests"),
+        (
+            {"replicas": {"autoscaling": {"max_replicas": 2, "min_replicas": 3}}},
+            "replicas: autoscaling: max_replicas is 2 but must be at least min_replicas, 3",
+        ),
+        (
+            {"replicas": {"autoscaling": {"max_replicas": 4, "initial_replicas": 0}}},
+            "replicas: autoscaling: initial_replicas is 0 but must be from min_replicas to max_replicas",
+        ),
+        (
+            {"replicas": {"autoscaling": {"max_replicas": 4, "interval_s": 20}}},
+            "replicas: autoscaling: look_back_s is 20 but must be more than interval_s, 20",
+        ),
+        (
+            {"replicas": {"autoscaling": {"max_replicas": 4, "target_slots": 0}}},
+            "replicas: autoscaling: target_slots is 0.0 but must be more than 0",
+        ),
+        (
+            {"replicas": {"num_replicas": 2, "autoscaling": {"max_replicas": 4}}},
+            "replicas: num_replicas is 2 but autoscaling is set too: leave one of them out, or write "
+            "autoscaling.initial_replicas",
+        ),
         ({"gateway": {"threads": "x"}}, "gateway.threads"),
         ({"gateway": {"threads": 0}}, "gateway: threads is 0"),
         ({"gateway": {"max_body_bytes": 0}}, "gateway: max_body_bytes is 0"),
@@ -93,6 +120,20 @@ def test_auto_is_one_gpu_where_the_cluster_has_enough_and_a_share_where_not(gpus
     engine = resolved.engine_settings()
     assert engine.device == device
     assert engine.kv_memory_fraction == pytest.approx(0.8 * (expected or 1.0))
+
+
+def test_a_fleet_that_scales_never_shares_a_gpu():
+    """How many GPUs there will be, nobody knows yet."""
+    scaling = settings(replicas={"autoscaling": {"max_replicas": 16}})
+    assert scaling.resolved(2).replicas.num_gpus == 1.0
+    assert scaling.resolved(0).replicas.num_gpus == 0.0
+
+
+def test_replicas_go_where_the_settings_say():
+    gpus = {"num_gpus": 1, "num_cpus": 4}
+    assert actor_options(settings(replicas=gpus).replicas) == gpus
+    told = settings(replicas=gpus | {"accelerator_type": "H100", "resources": {"rack-7": 0.1}}).replicas
+    assert actor_options(told) == gpus | {"accelerator_type": "H100", "resources": {"rack-7": 0.1}}
 
 
 def test_on_and_off_need_no_quotes_in_yaml():
