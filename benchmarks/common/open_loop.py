@@ -13,14 +13,17 @@ Result = TypeVar("Result")
 
 
 async def offer(
-    arrivals: Sequence[Arrival], send: Callable[[Arrival, float], Coroutine[Any, Any, Result]]
+    arrivals: Sequence[Arrival],
+    send: Callable[[Arrival, float], Coroutine[Any, Any, Result]],
+    start: float | None = None,
 ) -> tuple[float, list[Result]]:
     """Call ``send(arrival, due)`` for each when it is due (``time.perf_counter``), never waiting for another's answer.
 
-    Returns when all are answered: the moment that arrival times count from, and the answers in order.
+    Returns when all are answered: the moment that arrival times count from (``start``, or now), and the answers in
+    order.
     A ``due`` that has passed, because this process was busy, is kept as it is: measured from there, a delay shows.
     """
-    start = time.perf_counter()
+    start = time.perf_counter() if start is None else start
     tasks: list[asyncio.Task[Result]] = []
     async with asyncio.TaskGroup() as group:
         for arrival in arrivals:

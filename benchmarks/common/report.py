@@ -67,7 +67,7 @@ class Report:
         lines = [f"{content['device']} ({versions})", f"$ {content['command']}", ""]
         if self.rows:
             columns = list(dict.fromkeys(name for row in self.rows for name in row))
-            cells = [columns, *([_cell(row.get(name)) for name in columns] for row in self.rows)]
+            cells = [columns, *([cell(row.get(name)) for name in columns] for row in self.rows)]
             widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
             lines += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
         return "\n".join(lines)
@@ -97,7 +97,10 @@ def _measured_arguments(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as the table shows it."""
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return "/".join(map(cell, value)) or "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.plot.picture import COLORS, NEUTRAL, new_picture
+
+FLEETS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))  # marker and line
 
 
 class ServingResults:
@@ -18,6 +21,8 @@ class ServingResults:
         if content.get("benchmark") != "serving" or not rows:
             raise ValueError("not a result of benchmarks.serving with rows")
         self.rows: list[dict[str, Any]] = sorted(rows, key=lambda row: row["rate"])
+        # (replicas, adapters): a line each; a server that was not started by the benchmark has unknown replicas.
+        self.fleets = sorted({(row.get("replicas", 1), row["adapters"]) for row in rows})
         self.title = f"{content['device']} · {content['date']}"
 
     def draw(self) -> Figure:
@@ -51,5 +56,8 @@ class ServingResults:
         axes.legend(handles=[*axes.lines, *right.lines], frameon=False, loc="lower left")
 
     def _line(self, axes: Axes, column: str, label: str, color: str) -> None:
-        points = [(row["rate"], row[column]) for row in self.rows if row.get(column) is not None]
-        axes.plot([x for x, _ in points], [y for _, y in points], color=color, marker="o", label=label)
+        for fleet, (marker, style) in zip(self.fleets, itertools.cycle(FLEETS), strict=False):
+            mine = [row for row in self.rows if (row.get("replicas", 1), row["adapters"]) == fleet]
+            points = [(row["rate"], row[column]) for row in mine if row.get(column) is not None]
+            name = f"{fleet[0]} x {fleet[1]} adapters: {label}" if len(self.fleets) > 1 else label
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=style, label=name)

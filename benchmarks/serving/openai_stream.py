@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Literal
 
-import httpx
+import aiohttp
 
 from benchmarks.serving.answer import Answer
 
 Api = Literal["completions", "chat"]
+IDLE_SECONDS = 2.0  # less than a server keeps an idle connection open
+
+
+def session(url: str) -> aiohttp.ClientSession:
+    """A client of this server with as many connections as requests under way. To be made on a running loop."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+    return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
 class _Failed(Exception):
@@ -21,11 +30,13 @@ class _Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenAIStream:
-    """client: with the server's address. timeout_s: longest wait for a whole answer, from when it was due."""
+    """client: with the server's address. timeout_s: longest wait for a whole answer, from when it was due. until: no
+    answer is awaited longer than to this moment of ``time.perf_counter``."""
 
-    client: httpx.AsyncClient
+    client: aiohttp.ClientSession
     api: Api
     timeout_s: float
+    until: float = math.inf
 
     async def ask(self, model: str, prompt: str, tokens: int, due: float) -> Answer:
         """Stream one greedy answer of ``tokens`` tokens, end tokens ignored. Failures are in the answer, not raised."""
@@ -34,11 +45,11 @@ class OpenAIStream:
         usage: dict[str, int] = {}
         error: str | None = None
         try:
-            async with asyncio.timeout(max(due + self.timeout_s - sent, 0.0)):
+            async with asyncio.timeout(max(min(due + self.timeout_s, self.until) - sent, 0.0)):
                 usage = await self._read(self._body(model, prompt, tokens), events)
         except TimeoutError:
             error = f"no whole answer within {self.timeout_s:g} s"
-        except (httpx.HTTPError, _Failed) as failure:
+        except (aiohttp.ClientError, OSError, _Failed) as failure:
             error = str(failure) or type(failure).__name__
         end = time.perf_counter()
         counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", len(events))
@@ -62,15 +73,14 @@ class OpenAIStream:
         path = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
         usage: dict[str, int] = {}
         finished = False
-        async with self.client.stream("POST", path, json=body) as response:
-            if response.status_code != httpx.codes.OK:
-                await response.aread()
-                raise _Failed(f"HTTP {response.status_code}: {response.text[:200]}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
+        async with self.client.post(path, json=body) as response:
+            if response.status != HTTPStatus.OK:
+                raise _Failed(f"HTTP {response.status}: {(await response.text())[:200]}")
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
                     continue
                 now = time.perf_counter()
-                event = json.loads(line[len("data: ") :])
+                event = json.loads(line[len(b"data: ") :])
                 if "error" in event:
                     raise _Failed(str(event["error"].get("message", event["error"])))
                 usage = event.get("usage") or usage

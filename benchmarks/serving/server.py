@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,14 +12,23 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
+#: Kinds of the server's processes, and what their titles hold.
+PROCESSES = {"proxy": "ProxyActor", "gateway": ":Gateway", "replica": ":LoraReplica"}
+#: How Serve moves items between its processes under ``make serve``.
+TRANSPORT = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 
 
 class Server:
@@ -44,6 +55,31 @@ class Server:
     def base_model(self) -> str:
         """What clients call the base model."""
         return self.config["model_name"]
+
+    @property
+    def env_of_clients(self) -> dict[str, str]:
+        """The environment of processes that call this server through a handle: not that of its own event loops."""
+        return {name: value for name, value in self.env.items() if name not in TRANSPORT}
+
+    @property
+    def gcs_address(self) -> str:
+        """Where another Ray application connects, once the server is up."""
+        import ray  # noqa: PLC0415 (takes seconds)
+
+        port = next((self.folder / "ray" / "session_latest").glob("gcs_server_port_*")).read_text()
+        return f"{ray.util.get_node_ip_address()}:{port.strip()}"
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time so far of this server's processes, by what they are."""
+        assert self._process is not None
+        spent = dict.fromkeys(PROCESSES, 0.0)
+        for child in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error, IndexError):
+                title, times = child.cmdline()[0], child.cpu_times()
+                for kind, part in PROCESSES.items():
+                    if title.startswith("ray::") and part in title:
+                        spent[kind] += times.user + times.system
+        return spent
 
     def start(self, prompt: str, seconds: float) -> None:
         """Start, and return when the base model has answered ``prompt``.
@@ -83,15 +119,17 @@ class Server:
 
     def _wait(self, prompt: str, seconds: float) -> None:
         assert self._process is not None
-        body = {"model": self.base_model, "prompt": prompt, "max_tokens": 1}
+        body = json.dumps({"model": self.base_model, "prompt": prompt, "max_tokens": 1}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(f"serve run ended:\n{self._tail()}")
             try:
-                if httpx.post(f"{self.url}/v1/completions", json=body, timeout=30).status_code == httpx.codes.OK:
+                with direct.open(request, timeout=30):
                     return
-            except httpx.TransportError:
+            except (urllib.error.URLError, OSError):  # not up yet, or up without a replica
                 pass
             time.sleep(0.25)
         raise RuntimeError(f"the server did not answer in {seconds:.0f} s:\n{self._tail()}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import statistics
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,8 @@ from benchmarks.common.workload import Arrival, Workload
 from benchmarks.plot.serving import ServingResults
 from benchmarks.serving import __main__ as serving
 from benchmarks.serving.answer import Answer
+from benchmarks.serving.client import Job
+from benchmarks.serving.fleet_stats import Reading, between
 from benchmarks.serving.prompt_text import PromptText, words
 from benchmarks.serving.served_models import ServedModels
 from benchmarks.serving.slo import Slo
@@ -157,7 +161,45 @@ def test_which_models_requests_name() -> None:
         ServedModels.from_list({"data": listed[1:]})
 
 
-@pytest.mark.parametrize("arguments", [["--rate", "0"], ["--prompt", "500"], ["--output", "2"]])
+def test_what_engines_did_between_two_readings() -> None:
+    def counters(tokens: int, hits: int, misses: int, prefetches: int) -> dict[str, int]:
+        loads = {"slot_hits": hits, "slot_misses": misses, "prefetches": prefetches}
+        return {"generated_tokens": tokens, "prompt_tokens": 0, "preemptions": 0, "running": 3} | loads
+
+    first = Reading(10.0, {"a": counters(100, 10, 10, 0)})
+    last = Reading(14.0, {"b": counters(40, 4, 1, 1), "a": counters(300, 16, 12, 0)})
+    did = between(first, last)
+    assert did["replica_tok_s"] == [50.0, 10.0]
+    assert did["engine_tok_s"] == 60.0
+    # b: a copy ahead of its request's turn, a miss and then a hit, is one request of which one needed a copy.
+    assert did["replica_hit_rate"] == [0.75, 0.75]
+    assert (did["loads"], did["replica_loads"], did["hit_rate"]) == (3, [2, 1], 0.75)
+    assert between(last, Reading(15.0, last.replicas))["hit_rate"] is None, "nobody asked"
+
+
+def test_fleets_are_compared_at_their_best_rates() -> None:
+    rows: list[dict[str, Any]] = [
+        {"replicas": 1, "adapters": 4, "engine_tok_s": 100.0},
+        {"replicas": 1, "adapters": 4, "engine_tok_s": 80.0},
+        {"replicas": 2, "adapters": 8, "engine_tok_s": 190.0},
+    ]
+    serving.compare(rows)
+    assert [row.get("times_first") for row in rows] == [1.0, None, 1.9]
+    rows.append({"replicas": 2, "adapters": 8, "engine_tok_s": 200.0})
+    serving.compare(rows)
+    assert [row.get("times_first") for row in rows] == [1.0, None, None, 2.0]
+
+
+def test_clients_share_the_arrivals() -> None:
+    arrivals = FOUR.arrivals(20.0, 3.0, seed=5)
+    parts = Job("http://x", "chat", 1.0, 2.0, PromptText(0, 1), arrivals).shared(3)
+    assert sorted((a for part in parts for a in part.arrivals), key=lambda a: a.at) == arrivals
+    assert max(len(part.arrivals) for part in parts) - min(len(part.arrivals) for part in parts) <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--fleets", "0:4"], ["--set", "engine"], ["--rate", "0"], ["--prompt", "500"], ["--output", "2"]]
+)
 def test_what_makes_no_sense_is_refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["serving", *arguments])
     with pytest.raises(SystemExit):
@@ -166,21 +208,29 @@ def test_what_makes_no_sense_is_refused(arguments: list[str], monkeypatch: pytes
 
 def test_a_run_against_the_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, picture = tmp_path / "serving.json", tmp_path / "serving.png"
-    options = "--rate 2,4 --duration 2 --adapters 6 --slots 2 --output 8 --max-output 16 --timeout-s 60"
+    options = "--rate 1,2 --duration 4 --replicas 2 --adapters 6 --slots 2 --clients 2 --gateways 2"
+    options += " --set engine.max_waiting=32 --output 8 --max-output 16 --timeout-s 60"
     monkeypatch.setattr(sys, "argv", ["serving", *options.split(), f"--json={file}", f"--plot={picture}"])
     serving.main()
     content = json.loads(file.read_text())
     assert content["command"] == f"python -m benchmarks.serving {options}"
-    assert [row["rate"] for row in content["rows"]] == [2.0, 4.0]
+    assert [row["rate"] for row in content["rows"]] == [2.0, 4.0], "for each replica"
     for row in content["rows"]:
         names = [f"adapter-{number:03d}" for number in range(6)]
-        planned = Workload(names, 1.0, Lengths(64, 0.6, 4, 256), Lengths(8, 0.6, 4, 16)).arrivals(row["rate"], 2.0, 0)
+        planned = Workload(names, 1.0, Lengths(64, 0.6, 4, 256), Lengths(8, 0.6, 4, 16)).arrivals(row["rate"], 4.0, 0)
         assert (row["requests"], row["errors"], row["adapters"]) == (len(planned), 0, 6)
         assert row["output_tokens"] == pytest.approx(statistics.fmean(arrival.output_tokens for arrival in planned))
         assert row["prompt_tokens"] == pytest.approx(statistics.fmean(a.prompt_tokens for a in planned), rel=0.25)
         assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"]
         assert 0 < row["itl_ms_p50"] <= row["itl_ms_p99"]
-        assert row["goodput_rps"] == pytest.approx(row["attained"] * row["requests"] / 2.0)
+        assert row["goodput_rps"] == pytest.approx(row["attained"] * row["requests"] / 4.0)
+        assert (row["replicas"], row["gateways"]) == (2, 2)
+        assert len(row["replica_tok_s"]) == len(row["replica_hit_rate"]) == 2
+        assert row["engine_tok_s"] == pytest.approx(sum(row["replica_tok_s"]))
+        assert row["engine_tok_s"] * 3.0 <= sum(arrival.output_tokens for arrival in planned) * 1.1
+        assert 0 < row["cores_replica"] < 2 * (os.cpu_count() or 1)
+    assert content["rows"][-1]["engine_tok_s"] > 0
+    assert [row.get("times_first") for row in content["rows"]].count(1.0) == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"not a result of benchmarks\.serving"):
         ServingResults(content | {"benchmark": "decode"})

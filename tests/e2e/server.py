@@ -78,14 +78,6 @@ class Server(server.Server):
         targets = json.loads(discovery.read_text())[0]["targets"]
         return "\n".join(httpx.get(f"http://{target}/metrics", trust_env=False).text for target in targets)
 
-    @property
-    def gcs_address(self) -> str:
-        """Where another Ray application connects."""
-        import ray
-
-        port = next((self.folder / "ray" / "session_latest").glob("gcs_server_port_*")).read_text()
-        return f"{ray.util.get_node_ip_address()}:{port.strip()}"
-
 
 class OtherApplication:
     """``driver.py`` in a process that cannot import ours."""
