@@ -90,7 +90,8 @@ class Fleet:
         self, request: GenerationRequest, model: str, avoid: list[str], whole: bool
     ) -> AsyncGenerator[GenerationChunk]:
         handle = self._handle.options(multiplexed_model_id=request.adapter_digest or "")
-        response = handle.remote(request.to_dict(), whole, avoid=tuple(avoid))
+        routing = {"prompt_tokens": len(request.prompt_token_ids), "tenant": request.tenant, "avoid": tuple(avoid)}
+        response = handle.remote(request.to_dict(), whole, routing=routing)
         finished = False
         try:
             async for item in response:

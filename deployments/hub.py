@@ -1,6 +1,6 @@
 """The one place that every gateway, replica and router hears from: a small actor that Serve keeps beside LoraReplica.
 
-It carries residency news from replicas to routers, and what was declared at run time to gateways and replicas. Any
+It carries replicas' news to routers, and what was declared at run time to gateways and replicas. Any
 process that can reach the Ray cluster can watch, so a router in a proxy or in another application hears the same news.
 
 Nothing in here is on a disk. Serve starts a new hub when one dies, and whoever watched the old one tells the new one
@@ -17,24 +17,29 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.utils import get_deployment_actor_name
 
 from deployments.board import Board, Cursor
 from deployments.declarations import Declaration, Declarations, stamped
-from deployments.residency import ReplicaNews
+from deployments.heat import HeatTable, HotAdapter, added_up
+from deployments.news import ReplicaNews
+from deployments.news_board import Answer, NewsBoard, Receipt
 
-HUB_NAME = "residency"
+HUB_NAME = "fleet"
+REPLICA_DEPLOYMENT = "LoraReplica"
 SERVE_NAMESPACE = "serve"  # where Serve registers the actors it manages
 WATCH_SECONDS = 20.0
-FORGET_AFTER_SECONDS = 120.0
 SPREAD_SECONDS = 2.0
+PREDECESSOR_SECONDS = 2.0
 
 
 class FleetHub:
     """One asyncio actor, no CPU reserved."""
 
     def __init__(self) -> None:
-        self._residency: Board[ReplicaNews] = Board()
-        self._heard: dict[str, float] = {}  # replica -> when it last reported
+        self._news = NewsBoard()
+        self._heat = HeatTable()
         self._board: Board[Declaration] = Board()
         self._declarations = Declarations()
         self._following: asyncio.Task[None] | None = None
@@ -43,24 +48,30 @@ class FleetHub:
         """The name under which ``ray.get_actor`` finds this hub from any process of the cluster."""
         return ray.get_runtime_context().get_actor_name() or ""
 
-    # -- residency -----------------------------------------------------------------------------------------
+    # -- news of replicas ----------------------------------------------------------------------------------
 
-    async def publish(self, report: ReplicaNews) -> None:
-        """Keep this report unless a newer one of the same replica is known. A repeated one is a heartbeat."""
-        now = self._heard[report.replica] = time.monotonic()
-        known = self._residency.get(report.replica)
-        if known is not None and known.version >= report.version:
-            return
-        await self._residency.put(report.replica, report)
-        for replica in [replica for replica, heard in self._heard.items() if now - heard > FORGET_AFTER_SECONDS]:
-            self._residency.drop(replica)
-            del self._heard[replica]
+    async def publish(self, news: ReplicaNews) -> Receipt:
+        """See ``NewsBoard``."""
+        return self._news.publish(news)
 
-    async def watch(
-        self, cursor: Cursor | None = None, wait_s: float = WATCH_SECONDS
-    ) -> tuple[Cursor, list[ReplicaNews]]:
-        """Reports newer than ``cursor``; waits up to ``wait_s`` seconds for one, then answers with none."""
-        return await self._residency.watch(cursor, wait_s)
+    async def watch_news(self, reader: str, cursor: Cursor | None = None, wait_s: float = WATCH_SECONDS) -> Answer:
+        """See ``NewsBoard``."""
+        return await self._news.watch(reader, cursor, wait_s)
+
+    # -- what a new replica is warmed up with ----------------------------------------------------------------
+
+    async def tell_heat(self, replica: str, hottest: Sequence[HotAdapter]) -> None:
+        """What a replica was asked for most."""
+        self._heat.tell(replica, hottest, time.monotonic())
+
+    async def hottest(self, limit: int, *, before: bool = True) -> tuple[list[HotAdapter], tuple[str, ...]]:
+        """The adapters asked for most, at this application's earlier hubs too if ``before``, and which replicas run."""
+        known = self._heat.hottest(limit, time.monotonic())
+        if before and ray.is_initialized():
+            names = await asyncio.get_running_loop().run_in_executor(None, _predecessors, self.name())
+            for told in await asyncio.gather(*(_hottest_at(name, limit) for name in names)):
+                known = added_up([*known, *told])[:limit]
+        return known, self._news.alive
 
     # -- declarations --------------------------------------------------------------------------------------
 
@@ -87,7 +98,9 @@ class FleetHub:
     async def watch_declarations(
         self, reader: str, cursor: Cursor | None = None, wait_s: float = WATCH_SECONDS
     ) -> tuple[Cursor, list[Declaration]]:
-        """As ``watch``; ``declare`` waits for this reader to come back with the cursor it got."""
+        """Declarations newer than ``cursor``; waits up to ``wait_s`` seconds for one, then answers with none.
+
+        ``declare`` waits for this reader to come back with the cursor it got."""
         if self._following is None:
             self._following = asyncio.get_running_loop().create_task(self._follow_predecessors())
         return await self._board.watch(cursor, wait_s, reader)
@@ -114,6 +127,32 @@ class FleetHub:
                 await self.restore(news)
         except (RayError, ValueError):
             return  # it is gone
+
+
+def find_hub(app_name: str, code_version: str, *, any_version: bool = False) -> Any:
+    """The hub of this version of an application, whether replicas run or not. Blocks on the cluster's store.
+
+    any_version: another version's will do, where this one's replicas and so its hub have gone. Raises ValueError when
+    there is none.
+    """
+    name = get_deployment_actor_name(DeploymentID(REPLICA_DEPLOYMENT, app_name), HUB_NAME, code_version)
+    try:
+        return ray.get_actor(name, SERVE_NAMESPACE)
+    except ValueError:
+        others = _predecessors(name) if any_version else []
+        if not others:
+            raise
+        return ray.get_actor(others[0], SERVE_NAMESPACE)
+
+
+async def _hottest_at(name: str, limit: int) -> list[HotAdapter]:
+    """What another hub knows; nothing when it is gone."""
+    try:
+        async with asyncio.timeout(PREDECESSOR_SECONDS):
+            hub: Any = await asyncio.get_running_loop().run_in_executor(None, ray.get_actor, name, SERVE_NAMESPACE)
+            return (await hub.hottest.remote(limit, before=False))[0]
+    except (TimeoutError, RayError, ValueError):
+        return []
 
 
 def _predecessors(own: str) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -14,19 +14,27 @@ from ray import serve
 
 from adapter_store.slots import Residency
 from deployments import wire
+from deployments.arrivals import Arrivals
 from deployments.declaration_feed import DeclarationFeed
 from deployments.declarations import Declaration
+from deployments.fleet_view import ReplicaLoad
+from deployments.heat import HotAdapter
+from deployments.holdings import Holdings
 from deployments.hub import HUB_NAME
 from deployments.live import LiveConfig
+from deployments.news_publisher import NewsPublisher
 from deployments.pacing import StreamPacing, paced, together
 from deployments.pins import PinKeeper
+from deployments.pressure import PressureGauge
 from deployments.replica_adapters import ReplicaAdapters
 from deployments.replica_metrics import ReplicaMetrics
-from deployments.residency import ReplicaNews, short_key
-from deployments.residency_feed import ResidencyPublisher
+from deployments.residency import short_key
 from deployments.settings import FleetSettings
+from deployments.warm_up import HeatTeller, choose, warm_up
 from engine.engine import Engine
 from engine.request import EngineDead, EngineOverloaded, GenerationRequest
+
+WARM_UP_CHOICE = 32  # adapters to choose from for each slot: a replica is home to one in as many as there are replicas
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,16 +50,20 @@ class LoraReplica:
         self._config = LiveConfig(parsed)
         self._pacing = _pacing(parsed)
         engine_settings = parsed.engine_settings()
+        self._max_rows = engine_settings.max_rows
         self._capacity = engine_settings.max_rows + engine_settings.max_waiting
         self._streams = 0
         self._saturated = False
         self._loop = asyncio.get_running_loop()
         hub: Any = serve.get_deployment_actor(HUB_NAME)
         self._hub_name = await hub.name.remote()
+        self._holdings = Holdings()
+        self._arrivals = Arrivals()
         self._engine = Engine(engine_settings, self._on_residency)
         self._open.push_async_callback(self._engine.close)
         await self._engine.start()
         self._adapters = ReplicaAdapters(self._engine)
+        self._pressure = PressureGauge(self._engine)
         self._feed = DeclarationFeed(_own_hub, self._hear)
         self._pins: PinKeeper | None = None
         store = self._engine.parts.store
@@ -63,21 +75,32 @@ class LoraReplica:
         self._open.push_async_callback(self._feed.close)
         self._metrics = ReplicaMetrics(self._engine, lambda: self._config.refused)
         self._open.push_async_callback(self._metrics.close)
-        self._publisher = ResidencyPublisher(self._news, lambda: serve.get_deployment_actor(HUB_NAME))
+        self._publisher = NewsPublisher(self._name, self._holdings, self._load, _own_hub)
         self._open.push_async_callback(self._publisher.close)
+        self._heat = HeatTeller(self._name, _own_hub, 2 * sum(dict(engine_settings.slots).values()), self._ranks)
+        self._open.push_async_callback(self._heat.close)
+        if store is not None:
+            store.host_cache.on_change = self._on_host_cache
+            await warm_up(self._engine, self._wanted, parsed.replicas.warm_up_s)
         logger.info("ready: %s can be asked now", parsed.base_model_name)
 
     async def stream(
-        self, request: dict[str, Any], whole: bool = False, avoid: tuple[str, ...] = ()
+        self, request: dict[str, Any], whole: bool = False, routing: dict[str, Any] | None = None
     ) -> AsyncGenerator[dict[str, Any]]:
         """The engine's chunks for one ``GenerationRequest``, as plain dicts; a refusal is the last item.
 
-        whole: one item with all of it. ``avoid`` is for the router, which reads it before the request gets here.
+        whole: one item with all of it. routing: what the router read before the request came here, and its reason.
         """
         self._streams += 1
+        if self._streams == 1:
+            self._publisher.changed()
         try:
             asked = GenerationRequest.from_dict(request)
-            with self._adapters.used_by_request(asked.adapter, asked.adapter_digest):
+            self._heat.asked(asked.adapter, asked.adapter_digest)
+            with (
+                self._adapters.used_by_request(asked.adapter, asked.adapter_digest),
+                self._told(asked.adapter_digest, routing or {}),
+            ):
                 chunks = self._engine.generate(asked)
                 items = together(chunks) if whole else paced(chunks, self._delay_s)
                 async with aclosing(chunks), aclosing(items):
@@ -87,7 +110,7 @@ class LoraReplica:
             self._watch_queue(full=isinstance(error, EngineOverloaded))
             if isinstance(error, EngineDead) and not self._draining:
                 self._draining = True  # until Serve has replaced this replica
-                self._publish()
+                self._publisher.changed()
             yield wire.encode_error(error, self._name)
         finally:
             self._streams -= 1
@@ -116,17 +139,17 @@ class LoraReplica:
         except wire.REFUSALS as error:
             return wire.encode_error(error, self._name)
 
-    def hub_name(self) -> str:
-        """Where gateways listen for what is declared at run time."""
-        return self._hub_name
-
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Put a ``user_config`` into force, see ``LiveSettings``. One with a mistake changes nothing."""
         await asyncio.to_thread(self._config.take, user_config, self._apply)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every few seconds where it scales this deployment; ``autoscaling`` reads it."""
+        return self._pressure.read()
+
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Called by Serve once; routers learn here where to listen for residency news."""
-        return {"residency_hub": self._hub_name}
+        """Called by Serve once; routers learn here where to listen for news."""
+        return {"news_hub": self._hub_name}
 
     async def __del__(self) -> None:
         """Called by Serve when the replica has drained, or could not be made."""
@@ -153,33 +176,69 @@ class LoraReplica:
     async def _held(self) -> dict[str, Any]:
         return self._adapters.held()
 
+    def _ranks(self) -> dict[str, int]:
+        slots = self._engine.parts.slots
+        return {} if slots is None else dict(slots.residency().adapters)
+
+    async def _wanted(self) -> list[HotAdapter]:
+        """What this replica should have before it takes requests."""
+        slots = dict(self._engine.settings.slots)
+        hub = await _own_hub()
+        hottest, replicas = await hub.hottest.remote(WARM_UP_CHOICE * sum(slots.values()))
+        return choose(hottest, self._name, replicas, slots)
+
     def _delay_s(self) -> float:
         return self._pacing.delay_s(self._streams)
 
-    def _on_residency(self, _: Residency) -> None:
+    def _on_residency(self, residency: Residency) -> None:
         """Called by the engine on its own thread."""
-        self._loop.call_soon_threadsafe(self._publish)
+        self._loop.call_soon_threadsafe(self._hold_slots, residency)
 
-    def _publish(self) -> None:
+    def _hold_slots(self, residency: Residency) -> None:
+        self._holdings.in_slots(map(short_key, residency.adapters))
         self._publisher.changed()
+
+    def _on_host_cache(self, digest: str, held: bool) -> None:
+        """Called by the store on any thread."""
+        self._loop.call_soon_threadsafe(self._hold_in_host, digest, held)
+
+    def _hold_in_host(self, digest: str, held: bool) -> None:
+        self._holdings.in_host(short_key(digest), held=held)
+        self._publisher.changed()
+
+    @contextmanager
+    def _told(self, digest: str | None, routing: dict[str, Any]) -> Iterator[None]:
+        """Around one request: while it is here its adapter is in a slot or on its way to one."""
+        if digest is None:
+            yield
+            return
+        key = short_key(digest)
+        self._arrivals.count(routing.get("reason", ""), self._holdings.where(key))
+        if self._holdings.asked(key):
+            self._publisher.changed()
+        try:
+            yield
+        finally:
+            if self._holdings.left(key):
+                self._publisher.changed()
 
     def _watch_queue(self, *, full: bool) -> None:
         """Tell routers when the queue fills up, and when there is room again."""
         if full != self._saturated and (full or self._streams < self._capacity):
             self._saturated = full
-            self._publish()
+            self._publisher.changed()
 
-    def _news(self, version: int) -> ReplicaNews:
-        stats = self._engine.stats()
-        return ReplicaNews(
-            self._name,
-            version,
-            frozenset(map(short_key, stats.resident)),
-            frozenset(map(short_key, stats.host_cached)),
-            stats.running,
-            stats.waiting,
+    def _load(self) -> ReplicaLoad:
+        load = self._engine.load()
+        return ReplicaLoad(
+            load.running,
+            load.waiting,
+            self._max_rows,
+            load.ranks,
+            load.free_slots,
             self._saturated,
             self._draining,
+            self._holdings.rows,
         )
 
 

@@ -8,23 +8,24 @@ module (``routing_counters.counters``), which travels by name.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
+from functools import partial
 from typing import Any
 
+import ray
 from ray.serve._private.common import ReplicaID, RequestMetadata
-from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from deployments import routing_counters
-from deployments.placement import Reason
+from deployments.fleet_view import FleetView
+from deployments.hub import SERVE_NAMESPACE
+from deployments.news_reader import NewsReader, listen
+from deployments.placement import PlacementRequest, Reason, place
 from deployments.placement_policy import PlacementPolicy
-from deployments.replica_ranking import ReplicaState, rank_replicas, rendezvous_order
-from deployments.residency import ResidencyView
-from deployments.residency_feed import watch_hub
+from deployments.residency import short_key
 
-SINGLE_RANKS = 8  # after this many replicas tried one by one, the rest is one rank for Serve to pick from
-HOMES_CACHED = 4096
-HUB_METADATA = "residency_hub"  # LoraReplica publishes its hub's actor name under this key
+HUB_METADATA = "news_hub"  # LoraReplica publishes its hub's actor name under this key
+ROUTING = "routing"  # keyword argument of a call that says what a decision needs to know, see ``Fleet``
 
 
 class AdapterRouter(RequestRouter):
@@ -38,46 +39,58 @@ class AdapterRouter(RequestRouter):
       the local queue-length cache takes it for full (that cache only knows this router's own traffic);
     - ``should_backoff`` is set, so full replicas are not polled in a tight loop;
     - every replica is in the ranking, so a request for an idle replica never waits behind a full one;
-    - the queue-length cache moves when a replica is chosen, not when the request is sent, so requests routed
+    - a request counts from the moment that its replica is chosen, not from when it is sent, so requests routed
       in one tick see each other.
     """
 
-    def initialize_state(self, prediction_ttl_s: float = 1.0, **policy: Any) -> None:
-        """Called by Serve with ``request_router_kwargs``: the fields of ``PlacementPolicy`` and of the view."""
-        self._policy = PlacementPolicy(**policy)
-        self._view = ResidencyView(prediction_ttl_s)
-        self._in_flight: Counter[str] = Counter()
-        self._homes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
-        self._keys: tuple[str, ...] = ()
-        self._reasons: dict[int, dict[ReplicaID, Reason]] = {}
-        self._watchers: dict[str, asyncio.Task[None]] = {}
-        self._turn = 0
+    def initialize_state(self, **policy: Any) -> None:
+        """Called by Serve with ``request_router_kwargs``: the fields of ``PlacementPolicy``."""
+        self._view = FleetView(PlacementPolicy(**policy))
+        self._by_name: dict[str, RunningReplica] = {}
+        self._readers: dict[str, tuple[NewsReader, asyncio.Task[None]]] = {}  # by hub
+        self._reasons: dict[int, dict[str, Reason]] = {}  # of pending requests: replica -> why it was ranked
+        self._sent: dict[tuple[ReplicaID, str], Counter[str]] = {}  # adapters of requests that are not complete
 
     # -- what Serve tells us -------------------------------------------------------------------------------
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's news of which replicas run."""
         super().update_replicas(replicas)
-        self._view.keep_only(replica.replica_id.unique_id for replica in replicas)
+        self._by_name = {replica.replica_id.unique_id: replica for replica in replicas}
         hubs = {replica.replica_metadata.get(HUB_METADATA, "") for replica in replicas} - {""}
-        for name in self._watchers.keys() - hubs:
-            self._watchers.pop(name).cancel()
-        for name in hubs - self._watchers.keys():
-            self._watchers[name] = self._event_loop.create_task(watch_hub(name, self._view))
+        for name in self._readers.keys() - hubs:
+            self._readers.pop(name)[1].cancel()
+        for name in hubs - self._readers.keys():
+            reader = NewsReader(self._view, heard=routing_counters.counters.heard)
+            self._readers[name] = reader, self._event_loop.create_task(listen(partial(_find_hub, name), reader))
+        self._view.keep_only(tuple(self._by_name))
+        for reader, _ in self._readers.values():
+            reader.keep_only(self._by_name)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """A call found the replica dead before the controller did."""
         super().on_replica_actor_died(replica_id)
-        self._view.forget(replica_id.unique_id)
+        name = replica_id.unique_id
+        self._by_name.pop(name, None)
+        self._view.keep_only(tuple(self._by_name))
+        for reader, _ in self._readers.values():
+            reader.keep_only(self._by_name)
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
-        """The replica accepted the request: it is in flight until its result is complete."""
-        adapter = pending_request.metadata.multiplexed_model_id
-        if not adapter:
-            return
-        self._in_flight[adapter] += 1
-        # Called from a foreign thread, and at once when the result is complete already.
-        result.add_done_callback(lambda _: self._event_loop.call_soon_threadsafe(self._finished, adapter))
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """A request that a replica was chosen for is complete, was refused there or was given up.
+
+        Calls of one ingress request share the id; they are for the same adapter, so that any of them will do.
+        """
+        sent = self._sent.get((replica_id, internal_request_id))
+        if sent is None:
+            return  # a broadcast: nothing was chosen
+        adapter = next(iter(sent))
+        sent[adapter] -= 1
+        if not sent[adapter]:
+            del sent[adapter]
+        if not sent:
+            del self._sent[replica_id, internal_request_id]
+        self._view.finished(replica_id.unique_id, adapter)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Nothing to do: the request was counted when the replica was chosen."""
@@ -87,53 +100,31 @@ class AdapterRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All candidates by preference: the first ``SINGLE_RANKS`` one by one, the rest as one rank."""
+        """The replicas of ``place`` one by one, then all others as one rank for Serve to pick from."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
-        adapter = pending_request.metadata.multiplexed_model_id
-        avoid = frozenset(pending_request.kwargs.get("avoid", ()))
-        now = self._get_curr_time_s()
-        states = [self._state(replica, adapter, avoid, now) for replica in candidate_replicas]
-        homes = self._home_order(adapter, tuple(state.key for state in states)) if adapter else ()
-        self._turn += 1
-        ranking = rank_replicas(states, homes, self._policy, self._in_flight[adapter], self._turn)
-        ordered = [candidate_replicas[choice.index] for choice in ranking]
-        self._reasons[id(pending_request.metadata)] = {
-            replica.replica_id: choice.reason for replica, choice in zip(ordered, ranking, strict=True)
-        }
-        ranks = [[replica] for replica in ordered[:SINGLE_RANKS]]
-        return [*ranks, ordered[SINGLE_RANKS:]] if len(ordered) > SINGLE_RANKS else ranks
-
-    def _state(self, replica: RunningReplica, adapter: str, avoid: frozenset[str], now: float) -> ReplicaState:
-        key = replica.replica_id.unique_id
-        news = self._view.news.get(key)
-        return ReplicaState(
-            key,
-            load=self._replica_queue_len_cache.get(replica.replica_id) or 0,
-            resident=bool(adapter) and self._view.is_resident(key, adapter, now),
-            host_cached=bool(adapter) and self._view.is_host_cached(key, adapter),
-            saturated=key in avoid or (news is not None and news.saturated),
-            draining=news is not None and news.draining,
-        )
-
-    def _home_order(self, adapter: str, keys: tuple[str, ...]) -> tuple[int, ...]:
-        if keys != self._keys:
-            self._keys = keys
-            self._homes.clear()
-        homes = self._homes.get(adapter)
-        if homes is None:
-            homes = self._homes[adapter] = rendezvous_order(adapter, keys)
-            if len(self._homes) > HOMES_CACHED:
-                self._homes.popitem(last=False)
-        return homes
-
-    def _finished(self, adapter: str) -> None:
-        self._in_flight[adapter] -= 1
-        if self._in_flight[adapter] <= 0:
-            del self._in_flight[adapter]
+        ranking = place(self._view, _request(pending_request), self._get_curr_time_s())
+        self._reasons[id(pending_request.metadata)] = {choice.replica: choice.reason for choice in ranking}
+        singles = [self._by_name[choice.replica] for choice in ranking]
+        named = {choice.replica for choice in ranking}
+        rest = [replica for name, replica in self._by_name.items() if name not in named]
+        ranks = [[replica] for replica in singles]
+        return [*ranks, rest] if rest else ranks
 
     # -- private hooks of Serve 2.60 -----------------------------------------------------------------------
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        try:
+            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        except asyncio.CancelledError:
+            future = pending_request.future
+            if future.done() and not future.cancelled():  # chosen, but nobody waits for it any more
+                replica_id = future.result().replica_id
+                self.on_request_completed(replica_id, pending_request.metadata.internal_request_id)
+            raise
 
     def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
         self._pending_requests_by_id[_key(pending_request.metadata)] = pending_request
@@ -154,13 +145,31 @@ class AdapterRouter(RequestRouter):
         pending = self._get_pending_request_matching_internal_request_id(request_metadata)
         if pending is None:
             return
-        reason = self._reasons.get(id(pending.metadata), {}).get(replica.replica_id, Reason.LEAST_LOADED)
+        name, metadata = replica.replica_id.unique_id, pending.metadata
+        reason = self._reasons.get(id(metadata), {}).get(name, Reason.LEAST_LOADED)
         super()._fulfill_next_pending_request(replica, request_metadata)
         super().on_send_request(replica.replica_id)
         routing_counters.counters.count(reason)
-        adapter = pending.metadata.multiplexed_model_id
-        if adapter:
-            self._view.predict(replica.replica_id.unique_id, adapter, self._get_curr_time_s())
+        if ROUTING in pending.kwargs:
+            pending.kwargs[ROUTING]["reason"] = reason.value
+        adapter = short_key(metadata.multiplexed_model_id)
+        self._sent.setdefault((replica.replica_id, metadata.internal_request_id), Counter())[adapter] += 1
+        self._view.routed(name, adapter, self._get_curr_time_s())
+
+
+def _request(pending: PendingRequest) -> PlacementRequest:
+    routing = pending.kwargs.get(ROUTING, {})
+    return PlacementRequest(
+        short_key(pending.metadata.multiplexed_model_id),
+        prompt_tokens=routing.get("prompt_tokens", 0),
+        tenant=routing.get("tenant", ""),
+        avoid=frozenset(routing.get("avoid", ())),
+    )
+
+
+async def _find_hub(name: str) -> Any:
+    """Finding an actor by name blocks on the cluster's store, so it is done beside the router's loop."""
+    return await asyncio.get_running_loop().run_in_executor(None, ray.get_actor, name, SERVE_NAMESPACE)
 
 
 def _key(metadata: RequestMetadata) -> str:

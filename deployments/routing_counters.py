@@ -1,4 +1,4 @@
-"""Counts of routing decisions by reason, for this process and for Prometheus.
+"""Counts of routing decisions by reason and the age of what they rest on, for this process and for Prometheus.
 
 They live apart from the router because Serve ships the router's module by value: a global there would be a
 copy that nothing else can read. This module is imported, so the router and the gateway share it.
@@ -12,6 +12,8 @@ from ray.util import metrics
 
 from deployments.placement import Reason
 
+DELAY_BOUNDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0]
+
 
 class RoutingCounters:
     """Decisions taken by the routers of one process. Only ever touched from those routers' loop."""
@@ -23,11 +25,26 @@ class RoutingCounters:
             description="Requests given to a replica, by the reason for choosing it.",
             tag_keys=("reason",),
         )
+        self._delay = metrics.Histogram(
+            "lorafleet_routing_news_delay_seconds",
+            description="From a change at a replica until a router of this process knew it, by both machines' clocks.",
+            boundaries=DELAY_BOUNDS,
+        )
+        self._age = metrics.Gauge(
+            "lorafleet_routing_news_age_seconds",
+            description="Since a router of this process last heard from the hub, news or not.",
+        )
 
     def count(self, reason: Reason) -> None:
         """One request was given to a replica for this reason."""
         self._tally[reason.value] += 1
         self._metric.inc(tags={"reason": reason.value})
+
+    def heard(self, age_s: float, delay_s: float | None) -> None:
+        """A router asked its hub, of which it had not heard for ``age_s``. delay_s: of the oldest news that came."""
+        self._age.set(age_s)
+        if delay_s is not None:
+            self._delay.observe(delay_s)
 
     def as_dict(self) -> dict[str, int]:
         """Totals by reason since the process started."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
-from deployments.placement import Reason
-from deployments.replica_ranking import rendezvous_order
-from deployments.residency import ReplicaNews, short_key
+from deployments.fleet_view import ReplicaLoad, Tier, stable_hash
+from deployments.placement import Reason, rendezvous_weights
+from deployments.residency import short_key
 from deployments.router import AdapterRouter
 from deployments.routing_counters import counters
 
-from .fakes import FakeReplica, FakeResult, make_router, pending
+from .fakes import FakeReplica, make_router, pending
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 NAMES = ["r0", "r1", "r2", "r3"]
+ROWS = 64
 
 
 @pytest.fixture
@@ -26,6 +28,8 @@ async def replicas():
 @pytest.fixture
 async def router(replicas):
     made = make_router(AdapterRouter, replicas)
+    for name in NAMES:
+        made._view.report(name, ReplicaLoad(max_rows=ROWS))
     await asyncio.sleep(0.01)  # the probes of new replicas
     return made
 
@@ -36,11 +40,20 @@ async def choose(router, request):
 
 
 def home(adapter):
-    return NAMES[rendezvous_order(adapter, NAMES)[0]]
+    hashes = np.array([stable_hash(name) for name in NAMES], np.uint64)
+    return NAMES[int(rendezvous_weights(short_key(adapter), hashes).argmax())]
 
 
-def resident(router, replica, *adapters, version=1, **extra):
-    router._view.apply([ReplicaNews(replica, version, frozenset(map(short_key, adapters)), **extra)])
+def resident(router, replica, *adapters, **load):
+    router._view.change(replica, Tier.RESIDENT, map(short_key, adapters), ())
+    if load:
+        router._view.report(replica, ReplicaLoad(max_rows=ROWS, **load))
+
+
+def complete(router, replicas, name, request):
+    """What Serve does when a request is over."""
+    replica = next(replica for replica in replicas if replica.replica_id.unique_id == name)
+    router.on_request_completed(replica.replica_id, request.metadata.internal_request_id)
 
 
 async def test_an_adapter_goes_home_and_then_where_it_is_resident(router):
@@ -56,8 +69,8 @@ async def test_an_adapter_goes_home_and_then_where_it_is_resident(router):
 
 async def test_requests_that_follow_a_cold_one_do_not_wait_for_news(router):
     before = counters.as_dict()
-    assert {await choose(router, pending(A)) for _ in range(5)} == {home(A)}
-    assert counters.as_dict()[Reason.RESIDENT] - before[Reason.RESIDENT] == 4
+    assert {await choose(router, pending(A)) for _ in range(3)} == {home(A)}
+    assert counters.as_dict()[Reason.LOADING] - before[Reason.LOADING] == 2
 
 
 async def test_concurrent_calls_that_share_an_internal_request_id_all_get_a_replica(router):
@@ -103,8 +116,15 @@ async def test_a_replica_that_says_it_is_saturated_or_that_refused_is_passed_ove
     resident(router, "r2", A, saturated=True)
     first = await choose(router, pending(A))
     assert first != "r2"
-    resident(router, "r1", B, version=1)
-    assert await choose(router, pending(B, avoid=["r1"])) != "r1"
+    resident(router, "r1", B)
+    assert await choose(router, pending(B, routing={"avoid": ("r1",)})) != "r1"
+
+
+async def test_the_replica_is_told_why_it_was_chosen(router):
+    resident(router, "r1", B)
+    request = pending(B, routing={"prompt_tokens": 5, "tenant": "", "avoid": ()})
+    assert await choose(router, request) == "r1"
+    assert request.kwargs["routing"]["reason"] == "resident"
 
 
 async def test_full_replicas_are_not_polled_in_a_tight_loop(replicas):
@@ -148,23 +168,52 @@ async def test_a_cancelled_request_leaves_nothing_behind(replicas):
     assert router.curr_num_routing_tasks == 0
 
 
-async def test_a_hot_adapter_is_counted_while_in_flight_and_spreads(router, replicas):
+async def test_a_request_counts_from_its_choice_until_it_is_complete(router, replicas):
+    for name in NAMES:
+        router._view.report(name, ReplicaLoad(max_rows=8))
     resident(router, "r0", A)
-    results = []
-    for _ in range(6):
-        request = pending(A)
+    requests = [pending(A) for _ in range(12)]
+    names = [await choose(router, request) for request in requests]
+    assert names[0] == "r0" and set(names) > {"r0"}, "a hot adapter spreads by what this router sent alone"
+    assert router._view.demand(short_key(A)) == 12
+    for name, request in zip(names, requests, strict=True):
+        complete(router, replicas, name, request)
+    assert router._view.demand(short_key(A)) == 0
+    assert not router._sent
+    complete(router, replicas, "r0", pending(A))  # a broadcast, which was never chosen for
+    assert router._view.demand(short_key(A)) == 0
+
+
+async def test_a_request_that_its_replica_refuses_counts_where_it_goes_next_alone(router, replicas):
+    request = pending(A)
+    first = await choose(router, request)
+    complete(router, replicas, first, request)  # Serve says so of every attempt
+    router.on_new_queue_len_info(next(r.replica_id for r in replicas if r.replica_id.unique_id == first), 10)
+    next(r for r in replicas if r.replica_id.unique_id == first).queue_len = 10
+    replica = await asyncio.wait_for(router._choose_replica_for_request(request, is_retry=True), 2.0)
+    assert replica.replica_id.unique_id != first
+    assert router._view.demand(short_key(A)) == 1
+
+
+async def test_a_request_that_is_given_up_as_its_replica_is_chosen_counts_nowhere(router):
+    request = pending(A)
+    given_up = []
+    request.future.add_done_callback(lambda _: given_up.append(task.cancel()))  # before it learns of its replica
+    task = asyncio.create_task(router._choose_replica_for_request(request))
+    await asyncio.gather(task, return_exceptions=True)
+    assert given_up == [True]
+    assert task.cancelled()
+    assert router._view.demand(short_key(A)) == 0
+
+
+async def test_a_router_without_any_news_sends_each_adapter_home_and_spreads_the_base_model(replicas):
+    router = make_router(AdapterRouter, replicas)
+    requests = {adapter: pending(adapter) for adapter in (A, B, C)}
+    for adapter, request in requests.items():
         name = await choose(router, request)
-        result = FakeResult()
-        router.on_request_routed(
-            request, next(r for r in replicas if r.replica_id.unique_id == name).replica_id, result
-        )
-        results.append((name, result))
-    names = [name for name, _ in results]
-    assert names[:4] == ["r0"] * 4 and set(names[4:]) != {"r0"}
-    for _, result in results:
-        result.finish()
-    await asyncio.sleep(0.01)
-    assert not router._in_flight
+        assert name == home(adapter)
+        complete(router, replicas, name, request)
+    assert {await choose(router, pending()) for _ in range(4)} == set(NAMES)
 
 
 async def test_replicas_beyond_the_single_ranks_are_still_candidates():

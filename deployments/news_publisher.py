@@ -1,0 +1,129 @@
+"""A replica's voice at the hub."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray.exceptions import RayError
+
+from deployments.fleet_view import ReplicaLoad
+from deployments.holdings import Holdings
+from deployments.news import ReplicaNews, pack_keys, pack_load
+from deployments.news_board import LEAST_PAUSE_SECONDS
+
+LOAD_SECONDS = 0.02  # a change of load alone is told this often at most
+HEARTBEAT_SECONDS = 1.0
+HUB_SECONDS = 2.0  # a hub that does not answer for so long is looked up anew
+RETRY_SECONDS = 0.25
+
+logger = logging.getLogger("ray.serve")
+
+
+class NewsPublisher:
+    """Tells what changed: about adapters at once, about load every ``LOAD_SECONDS`` at most, and now and then that the
+    replica lives. What changes while a message is under way, or in the pause that the hub asks for, goes together.
+
+    All in one event loop: the one that makes this object.
+    """
+
+    def __init__(
+        self,
+        replica: str,
+        holdings: Holdings,
+        read_load: Callable[[], ReplicaLoad],
+        find_hub: Callable[[], Awaitable[Any]],
+    ) -> None:
+        """read_load: called up to 50 times a second. find_hub: gives the hub's actor handle; called again after an
+        error, because Serve replaces a hub that died."""
+        self._replica = replica
+        self._holdings = holdings
+        self._read_load = read_load
+        self._find_hub = find_hub
+        self._hub: Any = None
+        self._sequence = 0
+        self._whole = True  # what the hub has is not known: tell everything
+        self._load = ReplicaLoad()  # told last
+        self._load_told = self._told = 0.0  # when (monotonic)
+        self._pause_s = LEAST_PAUSE_SECONDS
+        self._since = time.time()
+        self._event = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def changed(self) -> None:
+        """There is something to tell that should not wait."""
+        if not self._event.is_set():
+            self._since = time.time()
+            self._event.set()
+
+    async def close(self) -> None:
+        """Tell once more and stop."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._whole = True
+        try:
+            await self._tell(self._next())
+        except (TimeoutError, RayError, ValueError):
+            logger.info("the hub went away before this replica did")
+
+    async def _run(self) -> None:
+        while True:
+            self._event.clear()
+            news = self._next()
+            if news is not None:
+                try:
+                    await self._tell(news)
+                except (TimeoutError, RayError, ValueError) as error:
+                    logger.warning("news not delivered, trying again: %s", error)
+                    self._hub, self._whole = None, True
+                    await asyncio.sleep(RETRY_SECONDS)
+                    continue
+                if self._whole:
+                    continue
+                await asyncio.sleep(self._pause_s)
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Until something changed, or it is time to look at the load or to say that the replica lives."""
+        busy = self._load.running or self._load.waiting or self._holdings.rows
+        until = self._load_told + self._load_pause_s if busy else self._told + HEARTBEAT_SECONDS
+        least = LOAD_SECONDS if busy else 0.0
+        try:
+            async with asyncio.timeout(max(least, until - time.monotonic())):
+                await self._event.wait()
+        except TimeoutError:
+            self._since = time.time()
+
+    @property
+    def _load_pause_s(self) -> float:
+        return max(LOAD_SECONDS, 2 * self._pause_s)
+
+    def _next(self) -> ReplicaNews | None:
+        now = time.monotonic()
+        changes, load = self._holdings.changes(), self._read_load()
+        keys = packed = None
+        if changes:
+            self._sequence += 1
+            keys = pack_keys(changes)
+        if self._whole:
+            keys = pack_keys(self._holdings.everything())
+        turned = (load.saturated, load.draining) != (self._load.saturated, self._load.draining)
+        due = turned or keys is not None or now - self._load_told >= self._load_pause_s
+        if self._whole or (due and load != self._load):
+            packed = pack_load(load)
+            self._load, self._load_told = load, now
+        if keys is None and packed is None and now - self._told < HEARTBEAT_SECONDS:
+            return None
+        self._told = now
+        return ReplicaNews(self._replica, self._sequence, self._whole, keys, packed, self._since)
+
+    async def _tell(self, news: ReplicaNews | None) -> None:
+        if news is None:
+            return
+        async with asyncio.timeout(HUB_SECONDS):
+            self._hub = self._hub or await self._find_hub()
+            receipt = await self._hub.publish.remote(news)
+        self._whole, self._pause_s = receipt.whole_wanted, receipt.pause_s
