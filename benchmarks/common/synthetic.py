@@ -82,8 +82,8 @@ def write_model_config(folder: Path, shape: str, positions: int = 0) -> Path:
     return folder
 
 
-def write_random_adapter(folder: Path, layout: AdapterLayout, rank: int, seed: int) -> Path:
-    """Write a PEFT LoRA folder of one rank over every target module, bf16, small random A and B."""
+def write_random_adapter(folder: Path, layout: AdapterLayout, rank: int, seed: int, spread: float = 0.02) -> Path:
+    """Write a PEFT LoRA folder of one rank over every target module, bf16, random A and B of this deviation."""
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU draws the gigabytes of a benchmark in no time
     generator = torch.Generator(device).manual_seed(seed)
@@ -91,7 +91,7 @@ def write_random_adapter(folder: Path, layout: AdapterLayout, rank: int, seed: i
     for path, _, group, index in layout.modules():
         module = group.modules[index]
         for half, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
-            weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
+            weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, spread, generator=generator)
             tensors[f"base_model.model.{path}.lora_{half}.weight"] = weight.cpu()
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {

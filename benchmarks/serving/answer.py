@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Ending(StrEnum):
+    """How an answer ended."""
+
+    WHOLE = "whole"
+    REFUSED = "refused"  # another status than 200
+    TOLD = "told"  # an error event in the stream
+    CUT = "cut"  # the connection could not be made, or broke, or the stream just ended
+    LATE = "late"  # it took too long for this client
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +21,7 @@ class Answer:
     """When a request was due and sent, and when each event with tokens came, in seconds of ``time.perf_counter``.
 
     end: when the stream ended, or the error came. prompt_tokens and tokens: counts the server reported.
-    error: what went wrong, None for a whole answer. Every latency counts from ``due``.
+    error: what went wrong, None for a whole answer. text: as far as it came. Every latency counts from ``due``.
     """
 
     due: float
@@ -20,6 +31,8 @@ class Answer:
     prompt_tokens: int
     tokens: int
     error: str | None = None
+    ending: Ending = Ending.WHOLE
+    text: str = ""
 
     @property
     def ttft_ms(self) -> float:

@@ -78,7 +78,7 @@ class Load:
         Raises RuntimeError when the server does not answer.
         """
         async with session(url) as client:
-            async with client.get("/v1/models", raise_for_status=True) as listed:
+            async with client.get("v1/models", raise_for_status=True) as listed:
                 models = ServedModels.from_list(await listed.json())
             text = await fit_prompts(OpenAIStream(client, self.api, self.timeout_s), models.base)
         names = models.chosen(adapters, self.prefix)

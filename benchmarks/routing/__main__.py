@@ -1,0 +1,173 @@
+"""Our router, Serve's default with its multiplexing table and Serve's consistent hashing, side by side on one cluster.
+
+    python -m benchmarks.routing --requests 300 --adapters 60 --repetitions 1      # a look, two minutes
+    python -m benchmarks.routing --json routing.json --plot routing.png
+    python -m benchmarks.routing --kill-node                                       # our router, a node lost in mid-run
+
+Starts a Ray cluster of three nodes on this machine, each with a Serve proxy, and on it one application a router: four
+CPU replicas of the demo model and three gateways, one a node. The applications differ in nothing but the router.
+Requests come over HTTP to the three proxies in turn, by Poisson at ``--rate`` a second; each names the n-th adapter
+with a probability in proportion to 1 / n ** zipf. The routers take turns, with the same requests, after ``--warm`` that
+are not counted. Every text must be that of the adapter's own, which one engine alone has made before: exits with 1 when
+one is not. Answers are greedy, of ``--tokens`` tokens.
+
+With ``--kill-node`` all processes of the second node end at half of the requests. Exits with 1 when a request is lost
+that had not begun to stream, or when one that had begun neither goes on nor is told so. A request whose own gateway is
+lost before it has sent anything goes to another one, as a load balancer sees to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.common.report import Report, Row, device_name
+from benchmarks.routing.cluster import RoutingCluster
+from benchmarks.routing.comparison import Run, counted, together, verdict
+from benchmarks.routing.node_loss import account, failures
+from benchmarks.routing.policies import Policy, build
+from benchmarks.routing.tenants import MODEL, Tenants, make_tenants
+from benchmarks.routing.traffic import Outcome, Traffic, wait_for
+from benchmarks.serving.load import print_errors
+from deployments.settings import FleetSettings
+
+NODES = 3
+VICTIM = 1
+
+
+def settings(arguments: argparse.Namespace, tenants: Tenants) -> FleetSettings:
+    """The same for every router."""
+    return FleetSettings.model_validate(
+        {
+            "model": str(MODEL),
+            "model_name": "lorafleet-demo",
+            "adapter_folders": [str(tenants.folder)],
+            "engine": {
+                "model_name": "",
+                "max_rows": arguments.rows,
+                "max_waiting": 64,
+                "cpu_threads": 1,
+                "num_pages": 256,
+                "slots": {arguments.rank: arguments.slots},
+            },
+            "store": {"host_cache_bytes": arguments.host_mib << 20},
+            "replicas": {"num_replicas": arguments.replicas, "num_gpus": 0},
+            "gateway": {"num_replicas": NODES},
+        }
+    )
+
+
+def compare(arguments: argparse.Namespace, tenants: Tenants, cluster: RoutingCluster) -> list[Run]:
+    """All routers, taking turns."""
+    fleet = settings(arguments, tenants)
+    cluster.deploy({policy.value: build(policy, fleet, arguments.slots) for policy in arguments.policies})
+    traffic = Traffic(tenants, arguments.rate, arguments.zipf)
+    runs: list[Run] = []
+    for policy in arguments.policies:
+        asyncio.run(wait_for(cluster.urls, policy.value))
+        asyncio.run(traffic.offer(cluster.urls, policy.value, traffic.arrivals(arguments.warm, arguments.seed)))
+    for repetition in range(1, arguments.repetitions + 1):
+        arrivals = traffic.arrivals(arguments.requests, arguments.seed + repetition)
+        shift = (repetition - 1) % len(arguments.policies)
+        for policy in (*arguments.policies[shift:], *arguments.policies[:shift]):
+            before = cluster.stats(policy.value)
+            outcomes = asyncio.run(traffic.offer(cluster.urls, policy.value, arrivals))
+            runs.append(Run(policy, repetition, outcomes, counted(before, cluster.stats(policy.value))))
+            show(runs[-1].row())
+            print_errors(traffic.rate, [outcome.answer for outcome in outcomes])
+    if Policy.OURS in arguments.policies:
+        print(f"our router's reasons: {cluster.reasons(Policy.OURS.value)}", flush=True)
+    return runs
+
+
+def lose_node(arguments: argparse.Namespace, tenants: Tenants, cluster: RoutingCluster) -> Row:
+    """Our router, and a node less from the middle on."""
+    name = Policy.OURS.value
+    cluster.deploy({name: build(Policy.OURS, settings(arguments, tenants), arguments.slots)})
+    traffic = Traffic(tenants, arguments.rate, arguments.zipf)
+
+    async def run() -> list[Outcome]:
+        await wait_for(cluster.urls, name)
+        await traffic.offer(cluster.urls, name, traffic.arrivals(arguments.warm, arguments.seed))
+        arrivals = traffic.arrivals(arguments.requests, arguments.seed + 1)
+        offered = asyncio.create_task(traffic.offer(cluster.urls, name, arrivals))
+        await asyncio.sleep(arrivals[len(arrivals) // 2].at)
+        await asyncio.to_thread(cluster.kill, VICTIM)
+        return await offered
+
+    outcomes = asyncio.run(run())
+    for outcome in outcomes:
+        if not outcome.whole or not outcome.exact:
+            print(f"{outcome.answer.ending}: {outcome.answer.error}, {len(outcome.answer.events)} events", flush=True)
+    return {"policy": name, "nodes": NODES, "replicas": arguments.replicas} | account(outcomes)
+
+
+def show(row: Row) -> None:
+    """One line while it runs."""
+    kept = ("policy", "repetition", "requests", "errors", "exact", "hit_rate", "loads", "ttft_ms_p50", "ttft_ms_p99")
+    print(
+        "  ".join(f"{name} {row[name]:.4g}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in kept)
+    )
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, run, print, write and draw; fail on a wrong text or a lost request."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=2000, help="a router and repetition")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=200, help="requests before, not counted")
+    parser.add_argument("--rate", type=float, default=40.0, help="requests a second")
+    parser.add_argument("--zipf", type=float, default=1.0)
+    parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2, help="different ones an adapter")
+    parser.add_argument("--tokens", type=int, help="of an answer (default: 8, with --kill-node 64)")
+    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--slots", type=int, default=8, help="a replica")
+    parser.add_argument("--rows", type=int, default=8, help="most requests in one step of a replica")
+    parser.add_argument("--host-mib", type=int, default=8, help="a replica's host cache, some 50 adapters")
+    parser.add_argument("--policies", type=lambda text: [Policy(one) for one in text.split(",")], default=list(Policy))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kill-node", action="store_true", help="our router alone, a node killed in mid-run")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--plot", type=Path, help="also draw it here (PNG)")
+    parsed = parser.parse_args(arguments)
+    parsed.tokens = parsed.tokens or (64 if parsed.kill_node else 8)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="lf-", dir="/tmp") as folder:
+        tenants = asyncio.run(
+            make_tenants(Path(folder) / "adapters", parsed.adapters, parsed.rank, parsed.prompts, parsed.tokens)
+        )
+        with RoutingCluster(NODES) as cluster:
+            if parsed.kill_node:
+                rows = [lose_node(parsed, tenants, cluster)]
+                bad = failures(rows[0])
+            else:
+                runs = compare(parsed, tenants, cluster)
+                rows = [*together(runs), *(run.row() for run in runs)]
+                bad = [
+                    f"{row['policy']}: {row['requests'] - row['exact']} not exact"
+                    for row in rows
+                    if row["exact"] < row["requests"]
+                ]
+    report = Report("routing", device_name(torch.device("cpu")), rows)
+    report.write(parsed.json)
+    for line in verdict(rows) if not parsed.kill_node else ():
+        print(line)
+    if parsed.plot:
+        from benchmarks.plot.draw import save  # noqa: PLC0415 (matplotlib is an extra)
+
+        save(report.to_dict(), parsed.plot)
+    if bad:
+        sys.exit(", ".join(bad))
+
+
+if __name__ == "__main__":
+    main()

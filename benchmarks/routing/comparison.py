@@ -1,0 +1,82 @@
+"""What one run of one router comes to, and several runs together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.common.percentile import percentile
+from benchmarks.common.report import Row
+from benchmarks.routing.policies import Policy
+from benchmarks.routing.traffic import Outcome
+
+COUNTED = ("asked", "found", "loads")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One repetition with one router: what clients saw, and what the replicas counted meanwhile."""
+
+    policy: Policy
+    repetition: int
+    outcomes: Sequence[Outcome]
+    counted: Mapping[str, Mapping[str, int]]  # replica -> COUNTED
+
+    def row(self) -> Row:
+        """See ``row``."""
+        return row(str(self.repetition), [self])
+
+
+def counted(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """What every replica counted between two looks."""
+    first = {one["replica"]: one for one in before}
+    return {
+        one["replica"]: {name: one[name] - first.get(one["replica"], {}).get(name, 0) for name in COUNTED}
+        for one in after
+    }
+
+
+def row(label: str, runs: Sequence[Run]) -> Row:
+    """Runs of one router as one. hit_rate: share of the requests that found their adapter in a slot when they came to
+    their replica. loads: adapters copied to slots. busiest: requests of the busiest replica over the mean."""
+    outcomes = [outcome for run in runs for outcome in run.outcomes]
+    whole = [outcome for outcome in outcomes if outcome.whole]
+    total = {name: sum(one[name] for run in runs for one in run.counted.values()) for name in COUNTED}
+    busiest = [max(one["asked"] for one in run.counted.values()) for run in runs]
+    means = [sum(one["asked"] for one in run.counted.values()) / len(run.counted) for run in runs]
+    return {
+        "policy": runs[0].policy.value,
+        "repetition": label,
+        "requests": len(outcomes),
+        "errors": len(outcomes) - len(whole),
+        "exact": sum(outcome.exact for outcome in whole),
+        "hit_rate": total["found"] / total["asked"] if total["asked"] else None,
+        "loads": total["loads"] / len(runs) if len(runs) > 1 else total["loads"],
+        "ttft_ms_p50": percentile((outcome.answer.ttft_ms for outcome in whole), 0.5),
+        "ttft_ms_p99": percentile((outcome.answer.ttft_ms for outcome in whole), 0.99),
+        "total_ms_p50": percentile((outcome.answer.total_ms for outcome in whole), 0.5),
+        "total_ms_p99": percentile((outcome.answer.total_ms for outcome in whole), 0.99),
+        "busiest": sum(busiest) / sum(means) if sum(means) else None,
+        "late_ms_p99": percentile(((one.answer.sent - one.answer.due) * 1e3 for one in outcomes), 0.99),
+    }
+
+
+def together(runs: Sequence[Run]) -> list[Row]:
+    """One row a router: percentiles over the requests of all repetitions, loads as their mean."""
+    return [row("all", mine) for policy in Policy if (mine := [run for run in runs if run.policy is policy])]
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """How our router stands to the others, in a line each."""
+    by_policy = {one["policy"]: one for one in rows}
+    ours = by_policy.pop(Policy.OURS.value, None)
+    if ours is None:
+        return []
+    return [
+        f"against {name}: {100 * (1 - ours['loads'] / other['loads']):.0f} % fewer loads, "
+        f"hit rate {ours['hit_rate']:.3f} to {other['hit_rate']:.3f}, "
+        f"TTFT p99 {ours['ttft_ms_p99']:.0f} to {other['ttft_ms_p99']:.0f} ms"
+        for name, other in by_policy.items()
+        if other["loads"]
+    ]

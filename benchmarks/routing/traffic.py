@@ -1,0 +1,90 @@
+"""Requests through all gateways in turn, each answer held against its exact text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.common.lengths import Lengths
+from benchmarks.common.open_loop import offer
+from benchmarks.common.workload import Arrival, Workload
+from benchmarks.routing.tenants import Tenants
+from benchmarks.serving.answer import Answer, Ending
+from benchmarks.serving.openai_stream import OpenAIStream, session
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request: its answer, the text it should have, and whether another gateway had to be asked, because the first
+    one's node was gone before it had sent anything. That much any load balancer does."""
+
+    answer: Answer
+    expected: str
+    moved: bool = False
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.answer.events)
+
+    @property
+    def whole(self) -> bool:
+        return self.answer.ending is Ending.WHOLE
+
+    @property
+    def exact(self) -> bool:
+        """Whether what came is what should have come, as far as it came."""
+        return self.expected.startswith(self.answer.text) and (not self.whole or self.answer.text == self.expected)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Poisson arrivals on adapters by Zipf's law, ``rate`` a second."""
+
+    tenants: Tenants
+    rate: float
+    zipf: float
+    timeout_s: float = 60.0
+
+    def arrivals(self, count: int, seed: int) -> list[Arrival]:
+        """The first ``count`` of them; the same for the same seed."""
+        lengths = Lengths(self.tenants.tokens, 0.0, 1, self.tenants.tokens)
+        workload = Workload(self.tenants.names, self.zipf, lengths, lengths)
+        enough = 2.0 * count / self.rate + 10.0
+        return workload.arrivals(self.rate, enough, seed)[:count]
+
+    async def offer(self, urls: Sequence[str], application: str, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        """Send all to the application, gateway by gateway, and wait for their ends."""
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(session(f"{url}/{application}/")) for url in urls]
+            streams = [OpenAIStream(client, "completions", self.timeout_s) for client in clients]
+            turns = itertools.count()
+
+            async def send(arrival: Arrival, due: float) -> Outcome:
+                prompt, expected = self.tenants.question(arrival.model, arrival.seed)
+                turn = next(turns)
+                answer = await streams[turn % len(streams)].ask(arrival.model, prompt, arrival.output_tokens, due)
+                moved = answer.ending is Ending.CUT and not answer.events and len(streams) > 1
+                if moved:
+                    other = streams[(turn + 1) % len(streams)]
+                    answer = await other.ask(arrival.model, prompt, arrival.output_tokens, time.perf_counter())
+                return Outcome(answer, expected, moved)
+
+            _, outcomes = await offer(arrivals, send)
+            return outcomes
+
+
+async def wait_for(urls: Sequence[str], application: str, seconds: float = 60.0) -> None:
+    """Until every gateway's proxy knows the application. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        for url in urls:
+            async with session(f"{url}/{application}/") as client:
+                while True:
+                    with contextlib.suppress(OSError):
+                        async with client.get("v1/models") as answer:
+                            if answer.ok:
+                                break
+                    await asyncio.sleep(0.2)
