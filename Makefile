@@ -39,7 +39,7 @@ serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
 serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
 serve: $(VENV)/.serve
 	$(BIN)/python -m deployments.check $(CONFIG)
-	$(BIN)/serve run $(CONFIG)
+	$(BIN)/python -m deployments.run $(CONFIG)
 
 test: test-kernels test-rest
 

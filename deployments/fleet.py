@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RaySystemError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from deployments import wire
-from deployments.protocol.errors import ReplicaLost
+from deployments.protocol.errors import ReplicaLost, server_stopping
 from engine.request import EngineDead, EngineOverloaded, GenerationChunk, GenerationRequest
 
 RETRIES = 2
@@ -54,6 +54,14 @@ class Fleet:
     def __init__(self, handle: Any) -> None:
         # Made here, so that the router and its news exist before the first request.
         self._handle = handle.options(stream=True, method_name="stream")
+        self._responses: set[Any] = set()  # that are not complete
+        self._stopped: set[Any] = set()  # of those, the ones that ``stop`` ended
+
+    def stop(self) -> None:
+        """End everything that is under way: its readers get an ApiError, ``server_stopping``."""
+        for response in self._responses - self._stopped:
+            self._stopped.add(response)
+            response.cancel()
 
     async def generate(
         self, request: GenerationRequest, model: str, *, whole: bool = False
@@ -93,6 +101,7 @@ class Fleet:
         routing = {"prompt_tokens": len(request.prompt_token_ids), "tenant": request.tenant, "avoid": tuple(avoid)}
         response = handle.remote(request.to_dict(), whole, routing=routing)
         finished = False
+        self._responses.add(response)
         try:
             async for item in response:
                 if "error" in item:
@@ -105,9 +114,15 @@ class Fleet:
                 yield chunk
             if not finished:
                 raise _Cut("the stream ended without a last chunk")
-        except BackPressureError as error:
-            raise EngineOverloaded(str(error)) from error
+        except (Exception, asyncio.CancelledError) as error:
+            if response in self._stopped and not _cancelled():
+                raise server_stopping() from error
+            if isinstance(error, BackPressureError):
+                raise EngineOverloaded(str(error)) from error
+            raise
         finally:
+            self._responses.discard(response)
+            self._stopped.discard(response)
             # Dropping a response does not stop the replica; only this does.
             if not finished:
                 response.cancel()

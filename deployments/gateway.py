@@ -6,10 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
-import ray
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adapter_store.catalog import Catalog
@@ -18,11 +19,12 @@ from deployments.adapter_metrics import AdapterMetrics
 from deployments.adapter_routes import add_adapter_routes
 from deployments.declaration_feed import DeclarationFeed
 from deployments.directory import AdapterDirectory
+from deployments.draining import Drain
 from deployments.fleet import Fleet
 from deployments.generation import Generation
 from deployments.handle_errors import builtin_error
 from deployments.http_app import create_http_app
-from deployments.hub import SERVE_NAMESPACE
+from deployments.hub import find_hub
 from deployments.live import LiveConfig
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import read_body, usage
@@ -57,12 +59,15 @@ class Gateway:
         self._config = LiveConfig(args)
         catalog, declares = Catalog(args.store_settings()), args.gateway.admin != "off"
         self._directory = AdapterDirectory(args.base_model_name, catalog, limits.threads, declares=declares)
+        self._hub_found = False
         self._feed = DeclarationFeed(self._find_hub, self._directory.hear)
         self._directory.feed = self._feed
+        fleet = Fleet(replicas)
+        self._drain = Drain(args.gateway_grace_s(), fleet.stop)
         self._service = CompletionService(
             self._directory,
             args.model_folder(),
-            Fleet(replicas),
+            fleet,
             args.max_model_len(),
             limits,
             AdapterMetrics(args.gateway.metric_adapters).count,
@@ -85,6 +90,7 @@ class Gateway:
     async def check_health(self) -> None:
         """Called by Serve, on the loop that requests run on: the ear for declarations opens here at the latest."""
         self._feed.start()
+        self._drain.start()
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """One whole answer: ``{"id", "model", "text", "token_ids", "finish_reason", "stop_reason", "logprobs",
@@ -136,9 +142,12 @@ class Gateway:
         return counters.as_dict()
 
     async def _find_hub(self) -> Any:
-        """The replicas know it: it belongs to their deployment. Finding it blocks on the cluster's store."""
-        name = await self._replicas.hub_name.remote()
-        return await asyncio.get_running_loop().run_in_executor(None, ray.get_actor, name, SERVE_NAMESPACE)
+        """Without asking a replica: there may be none, and asking would start one."""
+        context = serve.get_replica_context()
+        find = partial(find_hub, context.app_name, context.code_version or "", any_version=self._hub_found)
+        hub = await asyncio.get_running_loop().run_in_executor(None, find)
+        self._hub_found = True
+        return hub
 
     async def _start(self, request: dict[str, Any], *, stream: bool) -> Generation:
         try:

@@ -17,6 +17,7 @@ from deployments import wire
 from deployments.arrivals import Arrivals
 from deployments.declaration_feed import DeclarationFeed
 from deployments.declarations import Declaration
+from deployments.draining import Drain
 from deployments.fleet_view import ReplicaLoad
 from deployments.heat import HotAdapter
 from deployments.holdings import Holdings
@@ -53,6 +54,7 @@ class LoraReplica:
         self._max_rows = engine_settings.max_rows
         self._capacity = engine_settings.max_rows + engine_settings.max_waiting
         self._streams = 0
+        self._request_ids: set[str] = set()
         self._saturated = False
         self._loop = asyncio.get_running_loop()
         hub: Any = serve.get_deployment_actor(HUB_NAME)
@@ -82,6 +84,9 @@ class LoraReplica:
         if store is not None:
             store.host_cache.on_change = self._on_host_cache
             await warm_up(self._engine, self._wanted, parsed.replicas.warm_up_s)
+        self._drain = Drain(parsed.replicas.graceful_shutdown_timeout_s, self._abort_all, self._begin_to_drain)
+        self._drain.start()
+        self._open.push_async_callback(self._drain.close)
         logger.info("ready: %s can be asked now", parsed.base_model_name)
 
     async def stream(
@@ -101,6 +106,7 @@ class LoraReplica:
                 self._adapters.used_by_request(asked.adapter, asked.adapter_digest),
                 self._told(asked.adapter_digest, routing or {}),
             ):
+                self._request_ids.add(asked.request_id)
                 chunks = self._engine.generate(asked)
                 items = together(chunks) if whole else paced(chunks, self._delay_s)
                 async with aclosing(chunks), aclosing(items):
@@ -109,11 +115,11 @@ class LoraReplica:
         except wire.REFUSALS as error:
             self._watch_queue(full=isinstance(error, EngineOverloaded))
             if isinstance(error, EngineDead) and not self._draining:
-                self._draining = True  # until Serve has replaced this replica
-                self._publisher.changed()
+                self._begin_to_drain()  # until Serve has replaced this replica
             yield wire.encode_error(error, self._name)
         finally:
             self._streams -= 1
+            self._request_ids.discard(request["request_id"])
             self._watch_queue(full=False)
 
     async def stats(self) -> dict[str, Any]:
@@ -186,6 +192,15 @@ class LoraReplica:
         hub = await _own_hub()
         hottest, replicas = await hub.hottest.remote(WARM_UP_CHOICE * sum(slots.values()))
         return choose(hottest, self._name, replicas, slots)
+
+    def _begin_to_drain(self) -> None:
+        self._draining = True
+        self._publisher.changed()
+
+    def _abort_all(self) -> None:
+        """Their gateways try again elsewhere what had not begun, and tell the clients of the others."""
+        for request_id in self._request_ids:
+            self._engine.abort(request_id)
 
     def _delay_s(self) -> float:
         return self._pacing.delay_s(self._streams)

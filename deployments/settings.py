@@ -17,6 +17,8 @@ from deployments.service import ServiceLimits
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
 
+GATEWAY_EXTRA_SECONDS = 5.0
+
 
 class _Section(BaseModel):
     """Unknown keys are mistakes, and the message names them. No message quotes what was set: it may be a password."""
@@ -279,6 +281,11 @@ class FleetSettings(_Section):
         """When to have more or fewer replicas; None for a fixed number."""
         section = self.replicas.autoscaling
         return None if section is None else ScalingPolicy(**section.policy())
+
+    def gateway_grace_s(self) -> float:
+        """How long running requests may go on when a gateway is to stop: it outlives the replicas that stop with it, so
+        that it can tell its clients what became of theirs."""
+        return self.replicas.graceful_shutdown_timeout_s + GATEWAY_EXTRA_SECONDS
 
     def policy(self) -> Mapping[str, Any]:
         """The fields of ``PlacementPolicy``."""

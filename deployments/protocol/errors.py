@@ -93,6 +93,13 @@ def about_reference(error: AdapterError, reference: str) -> ApiError:
     return ApiError(told.status, message, kind=told.kind, param="reference", code=code, headers=told.headers)
 
 
+def server_stopping() -> ApiError:
+    """The gateway itself goes away, and with it whatever it still has under way."""
+    return _try_again(
+        "the server is stopping and could not finish this request: try again in a moment", "server_stopping"
+    )
+
+
 def _try_again(message: str, code: str, *, param: str | None = None) -> ApiError:
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return ApiError(503, message, kind="server_error", param=param, code=code, headers=headers)

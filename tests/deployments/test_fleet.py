@@ -11,7 +11,7 @@ from ray.serve.exceptions import BackPressureError
 from adapter_store.errors import AdapterRefused
 from deployments import wire
 from deployments.fleet import Fleet
-from deployments.protocol.errors import ReplicaLost
+from deployments.protocol.errors import ApiError, ReplicaLost
 from engine.request import EngineDead, EngineOverloaded, GenerationChunk, GenerationRequest, InvalidRequest
 
 REQUEST = GenerationRequest("r", (1, 2), adapter="local:/adapters/a", adapter_digest="d" * 64)
@@ -24,7 +24,7 @@ class Response:
 
     def __init__(self, items):
         self.items = list(items)
-        self.cancelled = False
+        self.stopped = asyncio.Event()
 
     def __aiter__(self):
         return self
@@ -34,13 +34,18 @@ class Response:
             raise StopAsyncIteration
         item = self.items.pop(0)
         if item is None:
-            await asyncio.sleep(60)
+            await self.stopped.wait()
+            raise asyncio.CancelledError  # as a response does that was cancelled
         if isinstance(item, BaseException):
             raise item
         return wire.encode_chunk(item) if isinstance(item, GenerationChunk) else item
 
     def cancel(self):
-        self.cancelled = True
+        self.stopped.set()
+
+    @property
+    def cancelled(self):
+        return self.stopped.is_set()
 
 
 class Handle:
@@ -172,3 +177,22 @@ async def test_a_cancelled_caller_cancels_the_replica_and_is_not_retried():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert handle.responses[0].cancelled and len(handle.calls) == 1
+
+
+@pytest.mark.parametrize("begun", [[], [PIECE]])
+async def test_what_is_under_way_when_the_gateway_has_to_go_is_told_so_and_not_tried_again(begun):
+    handle = Handle([*begun, None], [LAST])
+    fleet = Fleet(handle)
+    chunks = fleet.generate(REQUEST, "tenant")
+    for piece in begun:
+        assert await anext(chunks) == piece
+    waiting = asyncio.ensure_future(anext(chunks))
+    await asyncio.sleep(0.01)
+    fleet.stop()
+    with pytest.raises(ApiError) as caught:
+        await waiting
+    assert (caught.value.status, caught.value.code) == (503, "server_stopping")
+    assert caught.value.headers["Retry-After"]
+    assert len(handle.calls) == 1
+    fleet.stop()  # nothing is left to stop
+    assert [chunk async for chunk in fleet.generate(REQUEST, "tenant")] == [LAST]
