@@ -37,7 +37,7 @@ class ReplicaLoad:
     running, waiting: rows. max_rows: rows one step can hold. ranks: sum of the ranks in the running batch.
     free_slots: (rank of the class, slots of it that are empty or hold what no request uses), () where there is no
     telling. saturated: it takes no more. draining: it is going away. rows: rows of each adapter, running and waiting,
-    by short key; the base model's are not among them.
+    by short key, each at least 1; the base model's are not among them.
     """
 
     running: int = 0
@@ -64,7 +64,7 @@ class Replica:
         self.index = -1
         self.load: ReplicaLoad | None = None
         self.own: Counter[str] = Counter()  # rows this router has there, the base model's under ""
-        self.rows: Counter[str] = Counter()  # rows it has, by its last news and what this router did since
+        self.rows: dict[str, int] = {}  # rows it has, by its last news and what this router did since
         self.row_count = 0  # sum of rows
         self.tiers: dict[Tier, set[str]] = {tier: set() for tier in Tier}
 
@@ -72,7 +72,7 @@ class Replica:
 class FleetView:
     """See the module. Replicas go by Serve's unique id, adapters by ``residency.short_key``; "" is the base model.
 
-    Arrays, one entry a replica, in the order of ``names``: ``hashes`` (uint64), ``loads`` (float64, see
+    Arrays, one entry a replica, in the order of ``names``: ``hashes`` (uint64), ``loads`` and ``costs`` (float64, see
     ``PlacementPolicy``), ``closed`` (int8: 0 takes requests, 1 saturated, 2 draining), ``room`` (int64, largest rank
     that finds a slot). News of a replica that ``keep_only`` did not name are ignored.
     """
@@ -177,7 +177,7 @@ class FleetView:
         known.own[adapter] -= 1
         if not known.own[adapter]:
             del known.own[adapter]
-        if known.rows[adapter] > 0:
+        if adapter in known.rows:
             self._add_row(known, adapter, -1)
 
     # -- what a decision reads -----------------------------------------------------------------------------
@@ -192,20 +192,20 @@ class FleetView:
 
     def holders(self, adapter: str, now: float) -> dict[Tier, list[int]]:
         """Indices of the replicas that have the adapter, each under the best tier that it has it in."""
-        found: dict[Tier, list[int]] = {tier: [] for tier in Tier}
-        holders = self._holders.get(adapter, set())
-        loading = set(self._busy.get(adapter, ()))  # a row of it runs on a slot or waits for one
-        loading.update(replica for replica, until in self._predicted.get(adapter, {}).items() if until > now)
-        for replica in holders | loading:
+        resident: list[int] = []
+        loading: list[int] = []
+        host: list[int] = []
+        coming = self._busy.get(adapter, {}).keys()  # a row of it runs on a slot or waits for one
+        if predicted := self._predicted.get(adapter):
+            coming = coming | {replica for replica, until in predicted.items() if until > now}
+        for replica in self._holders.get(adapter, set()) | coming:
             if adapter in replica.tiers[Tier.RESIDENT]:
-                found[Tier.RESIDENT].append(replica.index)
-            elif replica in loading or adapter in replica.tiers[Tier.LOADING]:
-                found[Tier.LOADING].append(replica.index)
+                resident.append(replica.index)
+            elif replica in coming or adapter in replica.tiers[Tier.LOADING]:
+                loading.append(replica.index)
             else:
-                found[Tier.HOST].append(replica.index)
-        for indices in found.values():
-            indices.sort()
-        return found
+                host.append(replica.index)
+        return {Tier.RESIDENT: sorted(resident), Tier.LOADING: sorted(loading), Tier.HOST: sorted(host)}
 
     def indices(self, replicas: Iterable[str]) -> list[int]:
         """Places in the arrays of those of the named replicas that there are."""
@@ -219,6 +219,7 @@ class FleetView:
         self.step_rows = sum(said) / len(said) if said else 1.0
         self.hashes: npt.NDArray[np.uint64] = np.array([stable_hash(name) for name in self.names], np.uint64)
         self.loads: npt.NDArray[np.float64] = np.zeros(len(replicas))
+        self.costs: npt.NDArray[np.float64] = np.zeros(len(replicas))
         self.closed: npt.NDArray[np.int8] = np.zeros(len(replicas), np.int8)
         self.room: npt.NDArray[np.int64] = np.full(len(replicas), _ANY_RANK, np.int64)
         for replica in replicas:
@@ -234,36 +235,34 @@ class FleetView:
             self.room[index] = load.room()
 
     def _weigh(self, replica: Replica) -> None:
-        load, rows = replica.load, replica.row_count
+        index, load = replica.index, replica.load
         if load is None:
-            self.loads[replica.index] = rows / self.step_rows
+            self.loads[index] = self.costs[index] = replica.row_count / self.step_rows
         else:
-            self.loads[replica.index] = (rows + load.ranks * self.policy.rank_rows) / load.max_rows
+            self.loads[index] = replica.row_count / load.max_rows
+            self.costs[index] = (replica.row_count + load.ranks * self.policy.rank_rows) / load.max_rows
 
     def _believe(self, replica: Replica, rows: Mapping[str, int]) -> None:
-        for adapter in replica.rows.keys() - rows.keys():
-            self._drop_row(replica, adapter)
-        replica.rows = Counter({adapter: count for adapter, count in rows.items() if count > 0})
-        replica.row_count = replica.rows.total()
-        for adapter, count in replica.rows.items():
-            if adapter:
+        before = replica.rows
+        for adapter in before.keys() - rows.keys():
+            _discard(self._busy, adapter, replica)
+        for adapter, count in rows.items():
+            if before.get(adapter) != count and adapter:
                 self._busy.setdefault(adapter, {})[replica] = count
+        replica.rows = dict(rows)
+        replica.row_count = sum(rows.values())
 
     def _add_row(self, replica: Replica, adapter: str, change: int) -> None:
-        replica.rows[adapter] += change
         replica.row_count += change
-        if adapter:
-            if replica.rows[adapter] > 0:
-                self._busy.setdefault(adapter, {})[replica] = replica.rows[adapter]
-            else:
-                self._drop_row(replica, adapter)
-        elif not replica.rows[adapter]:
+        count = replica.rows.get(adapter, 0) + change
+        if count:
+            replica.rows[adapter] = count
+            if adapter:
+                self._busy.setdefault(adapter, {})[replica] = count
+        else:
             del replica.rows[adapter]
+            _discard(self._busy, adapter, replica)
         self._weigh(replica)
-
-    def _drop_row(self, replica: Replica, adapter: str) -> None:
-        replica.rows.pop(adapter, None)
-        _discard(self._busy, adapter, replica)
 
     def _leave(self, replica: Replica, tier: Tier, adapter: str) -> None:
         replica.tiers[tier].discard(adapter)

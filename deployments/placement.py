@@ -6,8 +6,10 @@ same view and request always give the same ranking.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,9 +53,6 @@ class Choice:
     reason: Reason
 
 
-Indices = npt.NDArray[np.intp]
-
-
 def rendezvous_weights(adapter: str, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Weight of each replica for the adapter; the heaviest is its home, the next one its second.
 
@@ -82,24 +81,26 @@ def place(view: FleetView, request: PlacementRequest, now: float) -> list[Choice
         state = state.copy()
         avoided = view.indices(request.avoid)
         state[avoided] = np.maximum(state[avoided], 1)
-    open_ = state == state.min()
-    ranking = _Ranking(view)
+    able = state == state.min()
+    ranking = _Ranking(view.names)
     if request.adapter:
-        _rank_for_adapter(ranking, view, request, open_, now)
-    ranking.add(_cheapest(view, open_), Reason.LEAST_LOADED)
+        _rank_for_adapter(ranking, view, request, able, now)
+        ranking.add(_cheapest(view, able, 1), Reason.LEAST_LOADED)
+    else:
+        ranking.add(_cheapest(view, able, SINGLES), Reason.LEAST_LOADED)
     return ranking.choices
 
 
 class _Ranking:
     """Choices in the making: a replica stands where it was first added, and no more than ``SINGLES`` stand there."""
 
-    def __init__(self, view: FleetView) -> None:
-        self._names = view.names
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
         self._seen: set[int] = set()
         self.choices: list[Choice] = []
 
-    def add(self, indices: Indices, reason: Reason) -> None:
-        for index in indices.tolist():
+    def add(self, indices: Iterable[int], reason: Reason) -> None:
+        for index in indices:
             if len(self.choices) == SINGLES:
                 return
             if index not in self._seen:
@@ -108,66 +109,80 @@ class _Ranking:
 
 
 def _rank_for_adapter(
-    ranking: _Ranking, view: FleetView, request: PlacementRequest, open_: npt.NDArray[np.bool_], now: float
+    ranking: _Ranking, view: FleetView, request: PlacementRequest, able: npt.NDArray[np.bool_], now: float
 ) -> None:
-    holders = {tier: _those(open_, indices) for tier, indices in view.holders(request.adapter, now).items()}
-    resident, loading = (_by_load(view, holders[tier]) for tier in (Tier.RESIDENT, Tier.LOADING))
-    copies = view.copies(request.adapter)
+    policy, loads = view.policy, view.loads
+    holders = {
+        tier: [index for index in indices if able[index]]
+        for tier, indices in view.holders(request.adapter, now).items()
+    }
+    resident, loading, cached = holders[Tier.RESIDENT], holders[Tier.LOADING], holders[Tier.HOST]
     weights = rendezvous_weights(request.adapter, view.hashes)
-    spare = resident[:0]
+    copies = view.copies(request.adapter)
+    spare: list[int] = []
     if len(resident) > copies:
         # The copies beyond those wanted get nothing while the others can serve, and so age out of their slots: this
         # is how an adapter that cooled down shrinks. Every router keeps the same ones.
-        kept = np.isin(resident, resident[np.argsort(weights[resident])[-copies:]])
-        resident, spare = resident[kept], resident[~kept]
-    warm = np.concatenate([resident, loading])
-    best = view.loads[warm].min(initial=np.inf)
-    room = open_ & (view.loads <= _bound(view, open_))
-    if warm.size and (len(warm) < copies or best > view.policy.spill_at):
-        # Another copy costs a load, so it must be on a replica that is less busy than those that have one.
-        free = room & (view.loads < best)
-        free[warm] = False
-        extra = _home(view, weights, free, request.rank)
-        extra = spare[:1] if spare.size and view.loads[spare[0]] < best else extra
-        ranking.add(extra, Reason.RESIDENT if np.isin(extra, spare).all() else Reason.SPREAD)
+        by_weight = _sorted(resident, weights)[::-1]
+        resident, spare = by_weight[:copies], by_weight[copies:]
+    resident = _sorted(resident, view.costs)
+    loading = _sorted(loading, view.costs)
+    cached = _sorted(cached, weights)[::-1]
+    bound = policy.home_load_factor * float(loads[able].mean()) + policy.home_load_slack
+    roomy = able & (loads <= bound)
+    warm = [*resident, *loading]
+    best = min((loads[index] for index in warm), default=np.inf)
+    if warm and (len(warm) < copies or best > policy.spill_at):
+        # Another copy costs a load, so it must be where the request runs sooner, and where it would not itself wait:
+        # else, with every replica busy, copies would be made all the time and nobody served.
+        sooner = min(best, policy.spill_at)
+        ranking.add([index for index in spare if loads[index] < sooner][:1], Reason.RESIDENT)
+        if not ranking.choices:
+            elsewhere = roomy & (loads < sooner)
+            elsewhere[warm] = False
+            at_hand = [index for index in cached if elsewhere[index]]
+            ranking.add(at_hand[:1] or _home(view, weights, elsewhere, request.rank), Reason.SPREAD)
     ranking.add(resident, Reason.RESIDENT)
     ranking.add(loading, Reason.LOADING)
     ranking.add(spare, Reason.RESIDENT)
-    cached = holders[Tier.HOST]
-    cached = cached[np.argsort(weights[cached])[::-1]]
-    ranking.add(cached[room[cached]], Reason.HOST_CACHED)
-    home = _home(view, weights, room, request.rank)
-    ranking.add(home if home.size else _home(view, weights, open_, request.rank), Reason.HOME)
+    at_once = max(bound, policy.spill_at)
+    ranking.add([index for index in cached if loads[index] <= at_once], Reason.HOST_CACHED)
+    ranking.add(_home(view, weights, roomy, request.rank) or _home(view, weights, able, request.rank), Reason.HOME)
     ranking.add(cached, Reason.HOST_CACHED)
 
 
-def _home(view: FleetView, weights: npt.NDArray[np.uint64], allowed: npt.NDArray[np.bool_], rank: int) -> Indices:
-    """The heaviest of those allowed, one that has a slot for the rank if there is one; empty if none is allowed."""
-    fitting = allowed & (view.room >= max(rank, 1))
-    if not fitting.any():
-        fitting = allowed
-    candidates = np.flatnonzero(fitting)
-    return candidates[np.argsort(weights[candidates])[-1:]]
+def _home(view: FleetView, weights: npt.NDArray[np.uint64], allowed: npt.NDArray[np.bool_], rank: int) -> list[int]:
+    """The heaviest of those allowed, one that has a slot for the rank if there is one; nobody if none is allowed."""
+    for fitting in (allowed & (view.room >= max(rank, 1)), allowed):
+        heaviest = int(np.where(fitting, weights, 0).argmax())
+        if fitting[heaviest]:
+            return [heaviest]
+    return []
 
 
-def _bound(view: FleetView, open_: npt.NDArray[np.bool_]) -> float:
-    policy = view.policy
-    return policy.home_load_factor * float(view.loads[open_].mean()) + policy.home_load_slack
+def _cheapest(view: FleetView, able: npt.NDArray[np.bool_], count: int) -> list[int]:
+    """The least costly, equally costly ones in turns."""
+    total = len(view.names)
+    turn = view.turn % total
+    costs = np.where(able, view.costs, np.inf)
+    costs = np.concatenate([costs[turn:], costs[:turn]])
+    found = [int(costs.argmin())] if count == 1 else _least(costs, count)
+    return [(index + turn) % total for index in found if costs[index] < np.inf]
 
 
-def _cheapest(view: FleetView, open_: npt.NDArray[np.bool_]) -> Indices:
-    """The least loaded, equally loaded ones in turns."""
-    candidates = np.flatnonzero(open_)
-    loads = np.roll(view.loads[candidates], -view.turn)
-    first = np.arange(loads.size) if loads.size <= SINGLES else np.argpartition(loads, SINGLES)[:SINGLES]
-    order = first[np.lexsort((first, loads[first]))]
-    return candidates[(order + view.turn) % candidates.size]
+def _least(costs: npt.NDArray[np.float64], count: int) -> list[int]:
+    some = (
+        np.flatnonzero(costs <= np.partition(costs, count - 1)[count - 1])
+        if costs.size > count
+        else np.arange(costs.size)
+    )
+    return some[np.argsort(costs[some], kind="stable")][:count].tolist()
 
 
-def _by_load(view: FleetView, indices: Indices) -> Indices:
-    return indices[np.argsort(view.loads[indices], kind="stable")]
-
-
-def _those(open_: npt.NDArray[np.bool_], indices: list[int]) -> Indices:
-    found = np.array(indices, np.intp)
-    return found[open_[found]]
+def _sorted(indices: list[int], by: npt.NDArray[Any]) -> list[int]:
+    if len(indices) < 2:
+        return indices
+    if len(indices) < 16:
+        return sorted(indices, key=by.__getitem__)
+    found = np.array(indices)
+    return found[np.argsort(by[found], kind="stable")].tolist()

@@ -9,14 +9,14 @@ from math import ceil
 @dataclass(frozen=True, slots=True)
 class PlacementPolicy:
     """What ``place`` goes by. A replica's load is its rows, running and waiting, as a share of the rows that one of its
-    steps holds: 1.0 is a full step.
+    steps holds: 1.0 is a full step. Its cost, which ranks those that are as good otherwise, adds what LoRA takes.
 
     spread_at: an adapter gets another copy when its rows exceed this share of what its copies' steps hold.
     max_copies: most replicas an adapter is spread over. shrink_at, shrink_after_s: it gives copies up again when its
     rows have been below that share of what would justify the copies for so long.
-    spill_at: an adapter also gets another copy when each replica that has one is loaded above this.
+    spill_at: an adapter also gets another copy when each replica that has one is loaded above this, on one that is not.
     home_load_factor, home_load_slack: a replica is passed over, by an adapter that has to be loaded anyway, when its
-    load exceeds ``factor * mean + slack``. rank_rows: rows that one rank of LoRA in a step weighs as much as.
+    load exceeds ``factor * mean + slack``. rank_rows: rows that one rank of LoRA in a step costs as much as.
     prediction_ttl_s: how long an adapter whose request was sent to a replica counts as on its way to a slot there,
     when neither the request is under way any more nor news has come.
     """
@@ -25,7 +25,7 @@ class PlacementPolicy:
     max_copies: int = 1024
     shrink_at: float = 0.5
     shrink_after_s: float = 5.0
-    spill_at: float = 1.0
+    spill_at: float = 1.25
     home_load_factor: float = 1.25
     home_load_slack: float = 0.25
     rank_rows: float = 0.02

@@ -63,11 +63,11 @@ def test_news_replace_what_was_counted_and_own_requests_come_on_top_of_them(view
     assert loads(view)["a"] == 3 / 8 and view.demand("x") == 0
 
 
-def test_ranks_in_the_batch_make_a_replica_busier():
+def test_ranks_in_the_batch_make_a_replica_costlier_but_not_fuller():
     view = FleetView(PlacementPolicy(rank_rows=0.5))
     view.keep_only(["a"])
     view.report("a", ReplicaLoad(running=2, max_rows=8, ranks=4))
-    assert loads(view) == {"a": (2 + 2) / 8}
+    assert loads(view) == {"a": 2 / 8} and view.costs.tolist() == [(2 + 2) / 8]
 
 
 def test_residency_news_end_a_prediction(view):
@@ -159,12 +159,12 @@ def test_the_books_agree_whatever_happens(steps):
             getattr(view, name)(*arguments)
         known = [view._replicas[replica] for replica in view.names]
         for replica in known:
-            assert replica.row_count == replica.rows.total() >= 0
+            assert replica.row_count == sum(replica.rows.values()) >= 0
             assert all(count > 0 for count in (*replica.rows.values(), *replica.own.values()))
             step = view.step_rows if replica.load is None else replica.load.max_rows
             assert view.loads[replica.index] == replica.row_count / step
         for adapter in "xyz":
-            assert view.demand(adapter) == sum(replica.rows[adapter] for replica in known)
+            assert view.demand(adapter) == sum(replica.rows.get(adapter, 0) for replica in known)
             holders = view.holders(adapter, now)
             assert holders[Tier.RESIDENT] == [r.index for r in known if adapter in r.tiers[Tier.RESIDENT]]
         assert set(view._holders) == {a for r in known for tier in r.tiers.values() for a in tier}
