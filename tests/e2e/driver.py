@@ -1,6 +1,6 @@
 """Another Ray application: a process with Ray and nothing of ours that calls the running one through its handle.
 
-Reads one JSON object a line, ``{"method", "args", "stream"}``, and answers each with one line.
+Reads one JSON object a line, ``{"method", "args", "stream", "of"}``, and answers each with one line.
 """
 
 import json
@@ -21,11 +21,11 @@ def call(handle, method, args, stream):
 
 def main():
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-    handle = serve.get_app_handle("lorafleet")
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         try:
+            handle = serve.get_app_handle(request["of"])
             answer = {"result": call(handle, request["method"], request["args"], request["stream"])}
         except Exception as error:
             kinds = [kind.__name__ for kind in type(error).__mro__]

@@ -42,17 +42,26 @@ class Server(server.Server):
         super().stop()
         self.hub.stop()
 
-    def deploy(self, user_config: dict[str, Any] | None = None, *, gateways: int = 1, **args: Any) -> None:
-        """Deploy the configuration again: with this ``user_config`` of both deployments, with more gateways, or with
-        changed ``args``. Returns when Serve has taken it; what it brings comes afterwards."""
+    def deploy(
+        self,
+        user_config: dict[str, Any] | None = None,
+        *,
+        gateways: int = 1,
+        replicas: int | None = None,
+        beside: tuple[dict[str, Any], ...] = (),
+        **args: Any,
+    ) -> None:
+        """Deploy the configuration again: with this ``user_config`` of both deployments, with more gateways, another
+        number of replicas, other applications beside it, or changed ``args``. Returns when Serve has taken it; what it
+        brings comes afterwards."""
         application = self._file["applications"][0]
         application["args"] = self.config | args
         application["deployments"] = [
             {"name": "Gateway", "num_replicas": gateways, "user_config": user_config},
-            {"name": "LoraReplica", "user_config": user_config},
+            {"name": "LoraReplica", "user_config": user_config} | ({"num_replicas": replicas} if replicas else {}),
         ]
         file = self.folder / "redeployed.yaml"
-        file.write_text(yaml.safe_dump(self._file))
+        file.write_text(yaml.safe_dump(self._file | {"applications": [application, *beside]}))
         subprocess.run(
             [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", "--non-blocking", str(file)],
             cwd=ROOT,
@@ -93,16 +102,16 @@ class OtherApplication:
         )
         assert self._answer() == "ready"
 
-    def ask(self, method: str, *args: Any, stream: bool = False) -> dict[str, Any]:
-        """``{"result"}`` or ``{"error"}``, and which of our modules the process holds."""
+    def ask(self, method: str, *args: Any, stream: bool = False, of: str = "lorafleet") -> dict[str, Any]:
+        """``{"result"}`` or ``{"error"}``, and which of our modules the process holds. of: the application asked."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"method": method, "args": args, "stream": stream}) + "\n")
+        self.process.stdin.write(json.dumps({"method": method, "args": args, "stream": stream, "of": of}) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
-    def call(self, method: str, *args: Any, stream: bool = False) -> Any:
+    def call(self, method: str, *args: Any, stream: bool = False, of: str = "lorafleet") -> Any:
         """The result; an error fails the test."""
-        answer = self.ask(method, *args, stream=stream)
+        answer = self.ask(method, *args, stream=stream, of=of)
         assert "result" in answer, answer
         return answer["result"]
 
