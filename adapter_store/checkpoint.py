@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from adapter_store.peft_config import ModuleLora, PeftConfig
 from adapter_store.safetensors_view import view_safetensors
 from kernels.lora_group import packed_rank
 
-_FILLERS = 2  # threads that write one adapter
 _HEADER_ALLOWANCE = 16 << 20  # bytes of a weights file that are not tensor data
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # base_model.model.<path>.lora_A.weight; the prefix and the adapter name before "weight" are optional.
@@ -163,34 +161,31 @@ def _fill(
     promised: Mapping[str, ModuleLora],
     pairs: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
-    """Write every module to its place, in several threads: torch lets go of the interpreter lock."""
+    """Write every module to its place, in one thread and few calls: each takes the interpreter lock, and the step loop
+    waits for it when several adapters are packed at a time."""
     rank = packed_rank(rank)
     groups = [layout.lora_groups(layer) for layer in range(layout.num_layers)]
-    places: list[tuple[str, int, int, int, int]] = []  # path, inputs, outputs, where A and B begin
+    a_targets: list[Tensor] = []
     for path, layer, target, index in layout.modules():
-        if path in pairs:
-            group = groups[layer][target.name]
-            inputs, outputs, lora = group.in_features, group.out_features[index], promised[path].rank
-            for half, tensor, shape in zip("AB", pairs[path], ((lora, inputs), (outputs, lora)), strict=True):
-                if tuple(tensor.shape) != shape:
-                    raise ValueError(
-                        f"lora_{half} of {path!r} has shape {tuple(tensor.shape)} but base model and config make it "
-                        f"{shape}"
-                    )
-            places.append((path, inputs, outputs, rank * group.a_unit(index), rank * group.b_unit(index)))
-
-    def fill(mine: Sequence[tuple[str, int, int, int, int]]) -> None:
-        for path, inputs, outputs, a_start, b_start in mine:
-            (a, b), module = pairs[path], promised[path]
-            slab[a_start : a_start + rank * inputs].view(rank, inputs)[: module.rank].copy_(a)
-            b_target = slab[b_start : b_start + outputs * rank].view(outputs, rank)[:, : module.rank]
-            if b.dtype == slab.dtype:  # the product is taken in fp32 and rounded once here too, thirty times faster
-                torch.mul(b, module.scale, out=b_target)
-            else:
-                b_target.copy_(b.float() * module.scale)
-
-    with ThreadPoolExecutor(_FILLERS) as fillers:
-        list(fillers.map(fill, (places[first::_FILLERS] for first in range(_FILLERS))))
+        if path not in pairs:
+            continue
+        (a, b), module = pairs[path], promised[path]
+        group = groups[layer][target.name]
+        inputs, outputs = group.in_features, group.out_features[index]
+        for half, tensor, shape in zip("AB", (a, b), ((module.rank, inputs), (outputs, module.rank)), strict=True):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"lora_{half} of {path!r} has shape {tuple(tensor.shape)} but base model and config make it {shape}"
+                )
+        a_start, b_start = rank * group.a_unit(index), rank * group.b_unit(index)
+        a_targets.append(slab[a_start : a_start + rank * inputs].view(rank, inputs)[: module.rank])
+        b_target = slab[b_start : b_start + outputs * rank].view(outputs, rank)[:, : module.rank]
+        if b.dtype == slab.dtype:  # the product is taken in fp32 and rounded once here too, thirty times faster
+            torch.mul(b, module.scale, out=b_target)
+        else:
+            b_target.copy_(b.float() * module.scale)
+    a_sources = [pairs[path][0] for path, *_ in layout.modules() if path in pairs]
+    torch._foreach_copy_(a_targets, a_sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _check_finite(slab: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -67,7 +67,7 @@ class EngineSettings:
     max_waiting: int = 256
     slots: tuple[tuple[int, int], ...] = ((16, 32), (64, 4))
     store: StoreSettings = field(default_factory=StoreSettings)
-    load_threads: int = 8
+    load_threads: int = 4
     download_threads: int = 32
     max_overtakes: int = 64
     eviction: EvictionName = "lru"
