@@ -32,7 +32,7 @@ TRANSPORT = {
 
 
 class Server:
-    """``serve run`` on serve_config.yaml, its port replaced by a free one.
+    """What ``make serve`` runs, on serve_config.yaml with its port replaced by a free one.
 
     Made with the shipped configuration: change ``config`` (the application's ``args``), then ``start``, and ``stop``
     when done. ``folder`` is a temporary folder that goes with the server; ``env`` the environment of its processes.
@@ -89,7 +89,7 @@ class Server:
         file = self.folder / "serve_config.yaml"
         file.write_text(yaml.safe_dump(self._file))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(file)],
+            [sys.executable, "-m", "deployments.run", str(file)],
             cwd=ROOT,
             env=self.env | {"RAY_ADDRESS": "local"},
             stdout=self.log.open("w"),
