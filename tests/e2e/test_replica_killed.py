@@ -3,53 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
 
 import httpx
 
-from examples.demo.words import ADAPTERS, BASE, STYLES, answer, held_out_prompts
+from examples.demo.words import ADAPTERS, STYLES, answer, held_out_prompts
 
-from .server import BASE_MODEL
+from .traffic import Stream, model_of
 
 LONG = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
 SHORT = {"max_tokens": 80, "temperature": 0}
-
-
-def model_of(style):
-    return BASE_MODEL if style == BASE else style
-
-
-class Stream:
-    """One long streaming request and what came of it."""
-
-    def __init__(self, client: httpx.AsyncClient, model: str, prompt: str) -> None:
-        self.status = 0
-        self.texts: list[str] = []
-        self.error: dict | None = None
-        self.finish: str | None = None
-        self.done = False
-        self.task = asyncio.create_task(self._run(client, {"model": model, "prompt": prompt, "stream": True} | LONG))
-
-    async def _run(self, client, body):
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            self.status = response.status_code
-            async for line in response.aiter_lines():
-                if not line:
-                    continue
-                assert not self.done, "nothing may follow [DONE]"
-                data = line.removeprefix("data: ")
-                if data == "[DONE]":
-                    self.done = True
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    self.error = event["error"]
-                    continue
-                self.texts.append(event["choices"][0]["text"])
-                self.finish = event["choices"][0]["finish_reason"] or self.finish
 
 
 async def test_a_replica_killed_under_load(server, other):
@@ -58,7 +23,7 @@ async def test_a_replica_killed_under_load(server, other):
     prompts = held_out_prompts(120)
     async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=120) as client:
         # More long streams than there are rows, so that some have begun and some wait.
-        streams = [Stream(client, ADAPTERS[i % 4], prompts[i]) for i in range(40)]
+        streams = [Stream(client, ADAPTERS[i % 4], prompts[i], LONG) for i in range(40)]
 
         async def short(i):
             style = STYLES[i % 5]
@@ -87,7 +52,7 @@ async def test_a_replica_killed_under_load(server, other):
     assert 0 < len(broken) < len(streams)
     for stream in broken:
         assert stream.texts and stream.finish is None, "only what had begun may break"
-        assert stream.error["code"] == "replica_died"
+        assert stream.error is not None and stream.error["code"] == "replica_died"
     assert all(stream.finish == "length" for stream in streams if stream.error is None)
 
     while len(now := other.call("fleet_stats")) < 2 or victim["pid"] in {one["pid"] for one in now}:
