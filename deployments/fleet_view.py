@@ -107,14 +107,17 @@ class FleetView:
         self._size_arrays()
 
     def report(self, replica: str, load: ReplicaLoad) -> None:
-        """A replica's own account of its load."""
+        """A replica's own account of its load. It may be from before requests that this router has there."""
         known = self._replicas.get(replica)
         if known is None:
             return
         sized = known.load is None or known.load.max_rows != load.max_rows
         known.load = load
         base_rows = load.running + load.waiting - sum(load.rows.values())
-        self._believe(known, {**load.rows, "": base_rows} if base_rows > 0 else load.rows)
+        rows = {**load.rows, "": base_rows}
+        for adapter, count in known.own.items():
+            rows[adapter] = max(rows.get(adapter, 0), count)
+        self._believe(known, rows)
         if sized:
             self._size_arrays()
         else:

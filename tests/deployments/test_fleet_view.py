@@ -63,6 +63,17 @@ def test_news_replace_what_was_counted_and_own_requests_come_on_top_of_them(view
     assert loads(view)["a"] == 3 / 8 and view.demand("x") == 0
 
 
+def test_news_from_before_its_own_requests_do_not_make_a_router_forget_them(view):
+    for _ in range(3):
+        view.routed("a", "x", now=0.0)
+    view.routed("a", "", now=0.0)
+    view.report("a", ReplicaLoad(running=1, max_rows=8, rows={"x": 1}))
+    assert loads(view)["a"] == 4 / 8 and view.demand("x") == 3
+    for _ in range(3):
+        view.finished("a", "x")
+    assert loads(view)["a"] == 1 / 8 and view.demand("x") == 0
+
+
 def test_ranks_in_the_batch_make_a_replica_costlier_but_not_fuller():
     view = FleetView(PlacementPolicy(rank_rows=0.5))
     view.keep_only(["a"])
