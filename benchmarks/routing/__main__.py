@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=2, help="different ones an adapter")
-    parser.add_argument("--tokens", type=int, help="of an answer (default: 8, with --kill-node 64)")
+    parser.add_argument("--tokens", type=int, help="of an answer (default: 4, with --kill-node 64)")
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--slots", type=int, default=8, help="a replica")
     parser.add_argument("--rows", type=int, default=8, help="most requests in one step of a replica")
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--plot", type=Path, help="also draw it here (PNG)")
     parsed = parser.parse_args(arguments)
-    parsed.tokens = parsed.tokens or (64 if parsed.kill_node else 8)
+    parsed.tokens = parsed.tokens or (64 if parsed.kill_node else 4)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lf-", dir="/tmp") as folder:
         tenants = asyncio.run(
