@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.plot.decode import DecodeResults
 from benchmarks.plot.kernels import KernelResults
 from benchmarks.plot.picture import DPI
+from benchmarks.plot.routing import RoutingResults
 from benchmarks.plot.serving import ServingResults
 
 
@@ -31,8 +32,12 @@ def draw(content: dict[str, Any], rivals: Sequence[Path] = ()) -> Figure:
             return KernelResults(content).draw()
         case "serving":
             return ServingResults(content).draw()
+        case "routing":
+            return RoutingResults(content).draw()
         case _:
-            raise ValueError(f"its benchmark is {kind!r}: only results of kernels, decode and serving have a plot")
+            raise ValueError(
+                f"its benchmark is {kind!r}: only results of kernels, decode, routing and serving have a plot"
+            )
 
 
 def save(content: dict[str, Any], out: Path, rivals: Sequence[Path] = ()) -> None:

@@ -105,7 +105,8 @@ def lose_node(arguments: argparse.Namespace, tenants: Tenants, cluster: RoutingC
     for outcome in outcomes:
         if not outcome.whole or not outcome.exact:
             print(f"{outcome.answer.ending}: {outcome.answer.error}, {len(outcome.answer.events)} events", flush=True)
-    return {"policy": name, "nodes": NODES, "replicas": arguments.replicas} | account(outcomes)
+    told = {"policy": name, "nodes": NODES, "survivors": cluster.alive(), "replicas": arguments.replicas}
+    return told | account(outcomes)
 
 
 def show(row: Row) -> None:

@@ -93,6 +93,10 @@ class RoutingCluster:
                 total[reason] = total.get(reason, 0) + count
         return total
 
+    def alive(self) -> int:
+        """Nodes that Ray takes for alive."""
+        return sum(node["Alive"] for node in ray.nodes())
+
     def kill(self, number: int) -> None:
         """End all processes of one node at once."""
         assert self._cluster is not None

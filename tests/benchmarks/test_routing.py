@@ -1,0 +1,104 @@
+"""How runs of routers are counted, and what makes a run with a lost node fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.plot.draw import draw
+from benchmarks.routing.comparison import Run, counted, together, verdict
+from benchmarks.routing.node_loss import account, failures
+from benchmarks.routing.policies import Policy
+from benchmarks.routing.traffic import Outcome
+from benchmarks.serving.answer import Answer, Ending
+
+
+def outcome(
+    text: str = "abcd", ending: Ending = Ending.WHOLE, ttft: float = 0.1, *, moved: bool = False, expected: str = "abcd"
+) -> Outcome:
+    events = (ttft,) if text else ()
+    error = None if ending is Ending.WHOLE else str(ending)
+    return Outcome(Answer(0.0, 0.0, events, 1.0, 4, len(text), error, ending, text), expected, moved)
+
+
+def test_exact_is_all_of_it_or_the_beginning_of_it() -> None:
+    assert outcome().exact
+    assert not outcome("abce").exact
+    assert not outcome("abc").exact, "said to be whole, and is not"
+    assert outcome("abc", Ending.TOLD).exact
+    assert not outcome("abx", Ending.TOLD).exact
+    assert outcome("", Ending.REFUSED).exact
+
+
+def test_replicas_are_counted_between_two_looks() -> None:
+    before = [{"replica": "a", "asked": 10, "found": 4, "loads": 6}]
+    after = [
+        {"replica": "a", "asked": 16, "found": 8, "loads": 8},
+        {"replica": "b", "asked": 2, "found": 0, "loads": 2},
+    ]
+    assert counted(before, after) == {
+        "a": {"asked": 6, "found": 4, "loads": 2},
+        "b": {"asked": 2, "found": 0, "loads": 2},
+    }
+
+
+def run(policy: Policy, repetition: int, ttfts: list[float], found: int, loads: int) -> Run:
+    asked = len(ttfts)
+    replicas = {"a": {"asked": asked, "found": found, "loads": loads}, "b": {"asked": 0, "found": 0, "loads": 0}}
+    return Run(policy, repetition, [outcome(ttft=ttft) for ttft in ttfts], replicas)
+
+
+RUNS = [
+    run(Policy.OURS, 1, [0.1, 0.2], 1, 1),
+    run(Policy.OURS, 2, [0.3, 0.4], 2, 2),
+    run(Policy.HASH, 1, [0.2, 0.2], 0, 4),
+    run(Policy.HASH, 2, [0.2, 0.2], 1, 2),
+]
+
+
+def test_repetitions_together() -> None:
+    ours, rival = together(RUNS)
+    assert (ours["policy"], ours["requests"], ours["exact"], ours["errors"]) == ("ours", 4, 4, 0)
+    assert (ours["hit_rate"], ours["loads"], ours["busiest"]) == (0.75, 1.5, 2.0)
+    assert (ours["ttft_ms_p50"], ours["ttft_ms_p99"]) == (200.0, 400.0)
+    assert (rival["policy"], rival["hit_rate"], rival["loads"]) == ("hash", 0.25, 3.0)
+    (line,) = verdict([ours, rival])
+    assert line.startswith("against hash: 50 % fewer loads, hit rate 0.750 to 0.250")
+
+
+def test_the_picture_of_a_comparison() -> None:
+    rows = [*together(RUNS), *(each.row() for each in RUNS)]
+    content = {"benchmark": "routing", "device": "a CPU", "date": "2026-01-01", "rows": rows}
+    figure = draw(content)
+    assert [axes.get_title() for axes in figure.axes] == ["Found in a slot", "Loads", "Time to first token, p99"]
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [0.75, 0.25]
+    with pytest.raises(ValueError, match="no rows of a comparison"):
+        draw(content | {"rows": [account([outcome()])]})
+
+
+def test_every_request_of_a_run_with_a_lost_node_is_accounted_for() -> None:
+    row = account(
+        [
+            outcome(),
+            outcome(moved=True),
+            outcome("ab", Ending.TOLD),
+            outcome("ab", Ending.CUT),
+        ]
+    )
+    assert (row["whole"], row["moved"], row["told"], row["cut"]) == (2, 1, 1, 1)
+    assert failures(row) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        (outcome("", Ending.REFUSED), "lost"),
+        (outcome("", Ending.CUT, moved=True), "lost"),
+        (outcome("", Ending.LATE), "lost"),
+        (outcome("", Ending.TOLD), "lost"),
+        (outcome("abce"), "wrong"),
+        (outcome("abx", Ending.TOLD), "wrong"),
+        (outcome("ab", Ending.LATE), "untold"),
+    ],
+)
+def test_what_must_not_be(bad: Outcome, kind: str) -> None:
+    assert failures(account([outcome(), bad])) == [f"1 {kind}"]
