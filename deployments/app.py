@@ -62,7 +62,7 @@ def application(args: FleetSettings, live: LiveSettings | None = None) -> Applic
         num_replicas=settings.gateway.num_replicas,
         max_ongoing_requests=settings.gateway.max_ongoing_requests,
         graceful_shutdown_timeout_s=settings.gateway_grace_s(),
-        ray_actor_options={"num_cpus": settings.gateway.num_cpus},
+        ray_actor_options={"num_cpus": settings.gateway.num_cpus, "resources": settings.gateway.resources},
         user_config=user_config,
     )
     plain = settings.model_dump(mode="json")

@@ -2,6 +2,7 @@
 
     python -m deployments.check [--running] serve_config.yaml
 
+The file may be a KubeRay RayService, too: what is in its serveConfigV2 is looked at, where its folders are.
 Prints one line a mistake and exits with 1; a line that starts with "warning:" stops nothing. Ray Serve itself reports
 a bad ``args`` in its log and keeps running, and shares a port that another server listens on without a word.
 """
@@ -49,7 +50,7 @@ def mistakes(file: Path, *, running: bool = False) -> Iterator[str]:
     running: the file is for a server that runs, so that its port is in use as it should be.
     """
     try:
-        text = file.read_text()
+        text, elsewhere = serve_config(file)
         config = yaml.safe_load(text)
         schema = ServeDeploySchema.model_validate(config)
     except (OSError, yaml.YAMLError) as error:
@@ -60,7 +61,7 @@ def mistakes(file: Path, *, running: bool = False) -> Iterator[str]:
         return
     yield from repeated_keys(text)
     yield from unknown_keys(config)
-    if wrong := _port_mistake(schema.http_options.host, schema.http_options.port, running):
+    if wrong := _port_mistake(schema.http_options.host, schema.http_options.port, running or elsewhere):
         yield wrong
     for number, application in enumerate(schema.applications):
         place = f"applications.{number}"
@@ -70,6 +71,19 @@ def mistakes(file: Path, *, running: bool = False) -> Iterator[str]:
             yield from deployment_mistakes(application, place)
         elif path.startswith(OUR_PACKAGE):
             yield f"{place}.import_path: there is no application at {path!r}: write {OURS}"
+
+
+def serve_config(file: Path) -> tuple[str, bool]:
+    """Serve's configuration as text, and whether it is for other machines: that of a KubeRay ``RayService``.
+
+    Raises OSError, and yaml.YAMLError where the file is no YAML.
+    """
+    text = file.read_text()
+    for document in yaml.safe_load_all(text):
+        if isinstance(document, dict) and document.get("kind") == "RayService":
+            spec = document.get("spec")
+            return str(spec.get("serveConfigV2", "") if isinstance(spec, dict) else ""), True
+    return text, False
 
 
 def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
@@ -149,7 +163,7 @@ def adapter_mistakes(settings: FleetSettings, place: str) -> Iterator[str]:
 
 def warnings(file: Path) -> Iterator[str]:
     """What will run in a file without mistakes, but hardly as it was meant."""
-    for application in ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications:
+    for application in ServeDeploySchema.model_validate(yaml.safe_load(serve_config(file)[0])).applications:
         if _is_ours(application.import_path):
             # One user_config stands at both deployments, and says once what it says.
             yield from dict.fromkeys([*application_warnings(application.args), *_live_warnings(application)])

@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from adapter_store.settings import StoreSettings
 from deployments.placement_policy import PlacementPolicy
@@ -81,16 +81,27 @@ def _on_or_off(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _own_resources(resources: dict[str, float]) -> dict[str, float]:
+    if taken := sorted({"CPU", "GPU", "memory", "object_store_memory"} & resources.keys()):
+        raise ValueError(f"{taken[0]!r} is what Ray counts itself: resources are for names of your own")
+    return resources
+
+
+Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_own_resources)]
+
+
 class GatewaySection(_LimitsSection):
     """Fields of ``ServiceLimits``, and how the Gateway deployment runs.
 
     max_ongoing_requests: requests one gateway holds open; Serve queues the rest. admin: who may use /v1/adapters and
     vLLM's load and unload endpoints: clients of the same machine, everybody who can reach the server, nobody.
-    metric_adapters: adapters with a label of their own in metrics, see ``LabelCap``.
+    metric_adapters: adapters with a label of their own in metrics, see ``LabelCap``. resources: as in
+    ``ReplicaSection``.
     """
 
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.25, ge=0)
+    resources: Resources = Field(default_factory=dict)
     max_ongoing_requests: int = Field(default=1024, ge=1)
     admin: Annotated[Literal["loopback", "on", "off"], BeforeValidator(_on_or_off)] = "loopback"
     metric_adapters: int = Field(default=50, ge=0)
@@ -156,7 +167,7 @@ class ReplicaSection(_Section):
     graceful_shutdown_timeout_s: float = Field(default=30.0, ge=0)
     health_check_period_s: float = Field(default=5.0, gt=0)
     accelerator_type: str | None = None
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    resources: Resources = Field(default_factory=dict)
     warm_up_s: float = Field(default=20.0, ge=0)
 
     @property
@@ -174,8 +185,6 @@ class ReplicaSection(_Section):
         gpus = self.num_gpus
         if gpus != "auto" and (gpus < 0 or (gpus > 1 and gpus != int(gpus))):
             return f"num_gpus is {gpus} but must be 0, a fraction of 1, or a whole number"
-        if taken := sorted({"CPU", "GPU", "memory", "object_store_memory"} & self.resources.keys()):
-            return f"resources has {taken[0]!r}, which Ray counts itself: it is for resources of your own"
         wrong = None if self.autoscaling is None else self.autoscaling.mistakes()
         return None if wrong is None else f"autoscaling: {wrong}"
 
@@ -274,7 +283,7 @@ class FleetSettings(_Section):
 
     def service_limits(self) -> ServiceLimits:
         """For one gateway."""
-        own = {"num_replicas", "num_cpus", "max_ongoing_requests", "admin", "metric_adapters"}
+        own = {"num_replicas", "num_cpus", "resources", "max_ongoing_requests", "admin", "metric_adapters"}
         return ServiceLimits(**self.gateway.model_dump(exclude=own))
 
     def scaling_policy(self) -> ScalingPolicy | None:
