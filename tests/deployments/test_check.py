@@ -39,7 +39,7 @@ def test_the_shipped_configuration_has_no_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"replicas": {"num_repicas": 1}}, "args.replicas.num_repicas: unknown key; known are accelerator_type, autosc"),
+        ({"replicas": {"num_repicas": 1}}, "args.replicas.num_repicas: unknown key; known are accelerator_type, auto"),
         ({"modle": "x"}, "args.modle: unknown key; known are adapter_folders, adapters, allow, engine,"),
         ({"engine": {"max_rows": "many"}}, "args.engine.max_rows: Input should be a valid integer"),
         ({"engine": {"max_rows": 0}}, "args.engine: max_rows is 0 but must be 1 or more"),
