@@ -20,6 +20,7 @@ from deployments.adapter_demand import CopyCounts
 from deployments.placement_policy import PlacementPolicy
 
 _ANY_RANK = np.iinfo(np.int64).max
+_STEP_ROWS = 32.0  # rows that a step is taken to hold until a replica says
 
 
 class Tier(StrEnum):
@@ -87,7 +88,7 @@ class FleetView:
         self._predicted: dict[str, dict[Replica, float]] = {}  # adapter -> until when
         self._expiries: deque[tuple[float, str, Replica]] = deque()
         self._copies = CopyCounts(policy)
-        self.step_rows = 1.0  # rows a step holds, the mean over replicas that have said so
+        self.step_rows = _STEP_ROWS  # rows a step holds, the mean over replicas that have said so
         self._size_arrays()
 
     # -- what is heard -------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ class FleetView:
     def _size_arrays(self) -> None:
         replicas = [self._replicas[name] for name in self.names]
         said = [replica.load.max_rows for replica in replicas if replica.load is not None]
-        self.step_rows = sum(said) / len(said) if said else 1.0
+        self.step_rows = sum(said) / len(said) if said else _STEP_ROWS
         self.hashes: npt.NDArray[np.uint64] = np.array([stable_hash(name) for name in self.names], np.uint64)
         self.loads: npt.NDArray[np.float64] = np.zeros(len(replicas))
         self.costs: npt.NDArray[np.float64] = np.zeros(len(replicas))

@@ -25,7 +25,7 @@ class PlacementPolicy:
     max_copies: int = 1024
     shrink_at: float = 0.5
     shrink_after_s: float = 5.0
-    spill_at: float = 1.25
+    spill_at: float = 1.0
     home_load_factor: float = 1.25
     home_load_slack: float = 0.25
     rank_rows: float = 0.02
