@@ -30,7 +30,7 @@ from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import read_body, usage
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception
-from deployments.replicas import ServedReplicas
+from deployments.replicas import ServedReplicas, ask_every
 from deployments.routing_counters import counters
 from deployments.service import CompletionService
 from deployments.settings import FleetSettings
@@ -133,9 +133,7 @@ class Gateway:
 
     async def fleet_stats(self) -> list[dict[str, Any]]:
         """``LoraReplica.stats()`` of every replica that answers."""
-        response = self._replicas.broadcast("stats")
-        answers = await response.results_async(timeout_s=10, return_exceptions=True)
-        return [answer for answer in answers if isinstance(answer, dict)]
+        return await ask_every(self._replicas, "stats")
 
     def routing_counters(self) -> dict[str, int]:
         """Routing decisions of this process by reason: resident, spread, host_cached, home, least_loaded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from deployments import wire
 from deployments.protocol.errors import ReplicaLost
@@ -41,10 +41,20 @@ class ServedReplicas:
 
     async def every(self, method: str, *args: Any, timeout_s: float = 10.0) -> list[dict[str, Any]]:
         """See ``Replicas``. A replica that died meanwhile is left out."""
-        response = self._handle.broadcast("order", method, *args)
-        try:
-            answers = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
-        except TimeoutError as error:
-            message = f"a replica did not answer within {timeout_s:g} s: try again in a moment"
-            raise ReplicaLost(message, started=False) from error
-        return [answer for answer in answers if isinstance(answer, dict)]
+        return await ask_every(self._handle, "order", method, *args, timeout_s=timeout_s)
+
+
+async def ask_every(handle: Any, method: str, *args: Any, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+    """What the method of every replica answers that runs; nothing where the fleet has been scaled to zero.
+
+    Raises ReplicaLost when one does not answer in time.
+    """
+    response = handle.broadcast(method, *args)
+    try:
+        answers = await response.results_async(timeout_s=timeout_s, return_exceptions=True)
+    except DeploymentUnavailableError:  # Serve's word for a deployment without a replica
+        return []
+    except TimeoutError as error:
+        message = f"a replica did not answer within {timeout_s:g} s: try again in a moment"
+        raise ReplicaLost(message, started=False) from error
+    return [answer for answer in answers if isinstance(answer, dict)]
