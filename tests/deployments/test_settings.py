@@ -33,6 +33,14 @@ def test_the_shipped_configuration_builds_the_application():
     assert FleetSettings.model_validate(parsed.model_dump(mode="json")) == parsed
 
 
+def test_the_autoscaling_that_the_shipped_configuration_offers_is_accepted():
+    text = (ROOT / "serve_config.yaml").read_text()
+    swapped = text.replace("num_replicas: 2", "").replace("# autoscaling:", "autoscaling:")
+    args = yaml.safe_load(swapped)["applications"][0]["args"]
+    scaling = FleetSettings.model_validate(args).replicas.autoscaling
+    assert scaling is not None and (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
