@@ -22,7 +22,7 @@ from ray.serve._private.utils import get_deployment_actor_name
 
 from deployments.board import Board, Cursor
 from deployments.declarations import Declaration, Declarations, stamped
-from deployments.heat import HeatTable, HotAdapter, added_up
+from deployments.heat import HeatTable, HotAdapter
 from deployments.news import ReplicaNews
 from deployments.news_board import Answer, NewsBoard, Receipt
 
@@ -32,6 +32,7 @@ SERVE_NAMESPACE = "serve"  # where Serve registers the actors it manages
 WATCH_SECONDS = 20.0
 SPREAD_SECONDS = 2.0
 PREDECESSOR_SECONDS = 2.0
+MOST_TAKEN_OVER = 10_000  # adapters that an earlier hub says are asked for most
 
 
 class FleetHub:
@@ -66,11 +67,12 @@ class FleetHub:
 
     async def hottest(self, limit: int, *, before: bool = True) -> tuple[list[HotAdapter], tuple[str, ...]]:
         """The adapters asked for most, at this application's earlier hubs too if ``before``, and which replicas run."""
-        known = self._heat.hottest(limit, time.monotonic())
         if before and ray.is_initialized():
             names = await asyncio.get_running_loop().run_in_executor(None, _predecessors, self.name())
-            for told in await asyncio.gather(*(_hottest_at(name, limit) for name in names)):
-                known = added_up([*known, *told])[:limit]
+            for name, told in zip(names, await asyncio.gather(*map(_heat_at, names)), strict=True):
+                if told:
+                    self._heat.tell(name, told, time.monotonic())  # it stays known when that hub has gone
+        known = self._heat.hottest(limit, time.monotonic())
         return known, self._news.alive
 
     # -- declarations --------------------------------------------------------------------------------------
@@ -145,12 +147,12 @@ def find_hub(app_name: str, code_version: str, *, any_version: bool = False) -> 
         return ray.get_actor(others[0], SERVE_NAMESPACE)
 
 
-async def _hottest_at(name: str, limit: int) -> list[HotAdapter]:
+async def _heat_at(name: str) -> list[HotAdapter]:
     """What another hub knows; nothing when it is gone."""
     try:
         async with asyncio.timeout(PREDECESSOR_SECONDS):
             hub: Any = await asyncio.get_running_loop().run_in_executor(None, ray.get_actor, name, SERVE_NAMESPACE)
-            return (await hub.hottest.remote(limit, before=False))[0]
+            return (await hub.hottest.remote(MOST_TAKEN_OVER, before=False))[0]
     except (TimeoutError, RayError, ValueError):
         return []
 

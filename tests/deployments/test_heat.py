@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from deployments import heat
 from deployments.heat import HALF_LIFE_SECONDS, HeatMeter, HeatTable, HotAdapter, added_up
+from deployments.hub import FleetHub
+from deployments.news import ReplicaNews
 
 
 def asked(meter, times, now):
@@ -72,6 +74,14 @@ def test_many_that_start_at_once_cost_one_sum():
     assert len(table.hottest(9, 1.5)) == 2
 
 
-def test_hubs_that_know_the_same_adapter_are_added_up():
+def test_an_adapter_that_several_know_is_added_up():
     one, other = HotAdapter("x", "a", 0, 1.0), HotAdapter("x", "a", 16, 2.0)
     assert added_up([one, other]) == added_up([other, one]) == [HotAdapter("x", "a", 16, 3.0)]
+
+
+async def test_the_hub_gives_the_hottest_and_who_runs():
+    hub = FleetHub()
+    await hub.tell_heat("gone", [HotAdapter("x", "a", 0, 1.0), HotAdapter("y", "b", 0, 3.0)])
+    await hub.publish(ReplicaNews("here", 0, whole=True))
+    hottest, replicas = await hub.hottest(1)
+    assert [one.digest for one in hottest] == ["b"] and replicas == ("here",)
