@@ -67,7 +67,7 @@ class Traffic:
                 prompt, expected = self.tenants.question(arrival.model, arrival.seed)
                 turn = next(turns)
                 answer = await streams[turn % len(streams)].ask(arrival.model, prompt, arrival.output_tokens, due)
-                moved = answer.ending is Ending.CUT and not answer.events and len(streams) > 1
+                moved = _gateway_lost(answer) and len(streams) > 1
                 if moved:
                     other = streams[(turn + 1) % len(streams)]
                     answer = await other.ask(arrival.model, prompt, arrival.output_tokens, time.perf_counter())
@@ -75,6 +75,15 @@ class Traffic:
 
             _, outcomes = await offer(arrivals, send)
             return outcomes
+
+
+def _gateway_lost(answer: Answer) -> bool:
+    """Before anything came: no connection, or a Serve proxy's own 500, which unlike ours is no JSON: it says so when the
+    gateway that it had chosen dies."""
+    if answer.events:
+        return False
+    own = '{"error"' in (answer.error or "")
+    return answer.ending is Ending.CUT or (answer.ending is Ending.REFUSED and not own)
 
 
 async def wait_for(urls: Sequence[str], application: str, seconds: float = 60.0) -> None:
