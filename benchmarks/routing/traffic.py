@@ -67,7 +67,7 @@ class Traffic:
                 prompt, expected = self.tenants.question(arrival.model, arrival.seed)
                 turn = next(turns)
                 answer = await streams[turn % len(streams)].ask(arrival.model, prompt, arrival.output_tokens, due)
-                moved = _gateway_lost(answer) and len(streams) > 1
+                moved = gateway_lost(answer) and len(streams) > 1
                 if moved:
                     other = streams[(turn + 1) % len(streams)]
                     answer = await other.ask(arrival.model, prompt, arrival.output_tokens, time.perf_counter())
@@ -77,7 +77,7 @@ class Traffic:
             return outcomes
 
 
-def _gateway_lost(answer: Answer) -> bool:
+def gateway_lost(answer: Answer) -> bool:
     """Before anything came: no connection, or a Serve proxy's own 500, which unlike ours is no JSON: it says so when the
     gateway that it had chosen dies."""
     if answer.events:

@@ -8,7 +8,7 @@ from benchmarks.plot.draw import draw
 from benchmarks.routing.comparison import Run, counted, together, verdict
 from benchmarks.routing.node_loss import account, failures
 from benchmarks.routing.policies import Policy
-from benchmarks.routing.traffic import Outcome
+from benchmarks.routing.traffic import Outcome, gateway_lost
 from benchmarks.serving.answer import Answer, Ending
 
 
@@ -86,6 +86,20 @@ def test_every_request_of_a_run_with_a_lost_node_is_accounted_for() -> None:
     )
     assert (row["whole"], row["moved"], row["told"], row["cut"]) == (2, 1, 1, 1)
     assert failures(row) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "lost"),
+    [
+        (Answer(0.0, 0.0, (), 1.0, 0, 0, "cannot connect", Ending.CUT), True),
+        (Answer(0.0, 0.0, (), 1.0, 0, 0, "HTTP 500: Internal Server Error", Ending.REFUSED), True),
+        (Answer(0.0, 0.0, (), 1.0, 0, 0, 'HTTP 503: {"error":{"message":"full"}}', Ending.REFUSED), False),
+        (Answer(0.0, 0.0, (0.5,), 1.0, 0, 1, "cut short", Ending.CUT, "a"), False),
+        (Answer(0.0, 0.0, (), 1.0, 0, 0, "no whole answer within 60 s", Ending.LATE), False),
+    ],
+)
+def test_another_gateway_is_asked_only_when_the_first_one_is_gone(answer: Answer, lost: bool) -> None:
+    assert gateway_lost(answer) is lost
 
 
 @pytest.mark.parametrize(
