@@ -78,8 +78,8 @@ class Traffic:
 
 
 def gateway_lost(answer: Answer) -> bool:
-    """Before anything came: no connection, or a Serve proxy's own 500, which unlike ours is no JSON: it says so when the
-    gateway that it had chosen dies."""
+    """Before anything came: no connection, or a Serve proxy's own 500, which unlike ours is no JSON. It says so when
+    the gateway that it had chosen dies."""
     if answer.events:
         return False
     own = '{"error"' in (answer.error or "")
