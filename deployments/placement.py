@@ -34,8 +34,8 @@ class Reason(StrEnum):
 class PlacementRequest:
     """One request to be placed.
 
-    adapter: short key of its adapter, "" for the base model. rank: of the adapter, 0 where unknown. avoid: names of
-    replicas that just failed or refused it.
+    adapter: short key of its adapter, "" for the base model. rank: of the adapter, 0 where unknown. prompt_tokens,
+    tenant: nothing here depends on them. avoid: names of replicas that just failed or refused it.
     """
 
     adapter: str = ""

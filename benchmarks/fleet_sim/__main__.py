@@ -8,9 +8,10 @@ python -m benchmarks.fleet_sim --replicas 1000 --adapters 100000 --policies plac
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,43 +59,47 @@ class Case:
         return tuple(Failure(self.warm + step * (one + 1), one % (self.replicas - 1)) for one in range(self.failures))
 
 
-def simulate(case: Case, name: str, arguments: argparse.Namespace) -> Row:
-    """One policy's row."""
-    begun = time.perf_counter()
+def simulate(case: Case, arguments: argparse.Namespace) -> Iterator[Row]:
+    """A row for each policy, all under the same requests."""
     shape = ReplicaShape(slots=arguments.slots, host_adapters=arguments.host_adapters)
+    times = measured(shape.max_rows)
     traffic = case.traffic()
-    policy = _policy(name, arguments, case.seed)
-    simulation = Simulation(
-        policy, case.replicas, arguments.routers, shape, measured(shape.max_rows), eviction_policy(arguments.eviction),
-        case.seed,
-    )  # fmt: skip
-    outcome = simulation.run(traffic, case.deaths())
-    row: Row = {
-        "policy": name,
-        "replicas": case.replicas,
-        "adapters": case.adapters,
-        "zipf": case.zipf,
-        **figures(case, traffic, outcome, shape.slots * case.replicas),
-        "wall_s": time.perf_counter() - begun,
-    }
-    return row
-
-
-def figures(case: Case, traffic: Traffic, outcome: Outcome, slots: int) -> Row:
-    """What is reported of one run: of the requests that came after the warm-up."""
     counted = traffic.times >= case.warm
-    first = outcome.first_tokens[counted]
-    answered = np.isfinite(first)
-    names = traffic.adapters[counted]
+    slots = shape.slots * case.replicas
+    bounds = {
+        "optimal_hit_rate": best_placement(traffic.adapters[counted], slots),
+        "clairvoyant_hit_rate": clairvoyant(traffic.adapters, slots, int(counted.argmax())),
+    }
+    for name in arguments.policies:
+        begun = time.process_time()
+        policy, eviction = _policy(name, arguments, case.seed), eviction_policy(arguments.eviction)
+        simulation = Simulation(policy, case.replicas, arguments.routers, shape, times, eviction, case.seed)
+        outcome = simulation.run(traffic, case.deaths())
+        yield {
+            "policy": name,
+            "replicas": case.replicas,
+            "adapters": case.adapters,
+            "zipf": case.zipf,
+            "failures": case.failures,
+            "eviction": arguments.eviction,
+            **figures(case, traffic, outcome, bounds),
+            "cpu_s": time.process_time() - begun,
+        }
+
+
+def figures(case: Case, traffic: Traffic, outcome: Outcome, bounds: Row) -> Row:
+    """What is reported of one run: of the requests that came after the warm-up and were answered."""
+    counted = traffic.times >= case.warm
+    answered = counted & np.isfinite(outcome.first_tokens)
+    first = outcome.first_tokens[answered]
     loads = sum(case.warm <= when < case.seconds for when in outcome.load_times)
     return {
-        "hit_rate": float(outcome.hits[counted][answered].mean()),
-        "optimal_hit_rate": best_placement(names, slots),
-        "clairvoyant_hit_rate": clairvoyant(traffic.adapters, slots, int(counted.argmax())),
+        "hit_rate": float(outcome.hits[answered].mean()),
+        **bounds,
         "loads_per_min": loads / (case.seconds - case.warm) * 60,
-        "ttft_p50_ms": float(np.percentile(first[answered], 50)) * 1e3,
-        "ttft_p99_ms": float(np.percentile(first[answered], 99)) * 1e3,
-        "fairness": jain(names[answered], first[answered]),
+        "ttft_p50_ms": float(np.percentile(first, 50)) * 1e3,
+        "ttft_p99_ms": float(np.percentile(first, 99)) * 1e3,
+        "fairness": jain(traffic.adapters[answered], first),
         "decision_us": outcome.decision_s / outcome.decisions * 1e6,
         "busy": outcome.busy,
         "requests": int(counted.sum()),
@@ -133,7 +138,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=_integers, default="100")
     parser.add_argument("--adapters", type=int, default=20_000)
     parser.add_argument("--zipf", type=_numbers, default="1.0")
-    parser.add_argument("--policies", type=lambda text: text.split(","), default=",".join(POLICIES))
+    parser.add_argument("--policies", type=_names, default=",".join(POLICIES), help=f"of {', '.join(POLICIES)}")
     parser.add_argument("--rate", type=float, default=30.0, help="requests a second for each replica")
     parser.add_argument("--seconds", type=float, default=360.0)
     parser.add_argument("--warm", type=float, default=300.0, help="seconds at the beginning that do not count")
@@ -157,19 +162,22 @@ def main() -> None:
                 replicas, arguments.adapters, zipf, arguments.rate, arguments.seconds, arguments.warm, arguments.shape,
                 arguments.tokens, arguments.failures, arguments.seed,
             )  # fmt: skip
-            for name in arguments.policies:
-                report.rows.append(simulate(case, name, arguments))
-                print(
-                    {k: round(v, 3) if isinstance(v, float) else v for k, v in report.rows[-1].items()},
-                    file=sys.stderr,
-                    flush=True,
-                )
+            for row in simulate(case, arguments):
+                report.rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
     report.write(arguments.json)
 
 
 def _setting(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     return name, float(value)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(POLICIES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(POLICIES)}")
+    return names
 
 
 def _integers(text: str) -> list[int]:

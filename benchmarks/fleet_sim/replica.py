@@ -66,6 +66,7 @@ class SimReplica:
         self._host_changes: tuple[list[str], list[str]] = ([], [])
         self._times = times
         self._eviction = eviction
+        self._used_slots = 0
         self._slot_waiters: deque[Request] = deque()
         self._ready: deque[Request] = deque()
         self._running: list[tuple[float, int, Request]] = []  # by the progress at which they end
@@ -87,7 +88,7 @@ class SimReplica:
 
     def unreferenced(self) -> int:
         """Slots that are empty or that no request uses."""
-        return self.shape.slots - sum(slot.users > 0 for slot in self.slots.values())
+        return self.shape.slots - self._used_slots
 
     def take_changes(self) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
         """What came to the slots and what left them since the last call, and the same of the host cache.
@@ -147,6 +148,7 @@ class SimReplica:
             self._load(request.adapter, now)
         else:
             self._eviction.used(request.adapter)
+        self._used_slots += not slot.users
         slot.users += 1
         if slot.ready:
             self._ready.append(request)
@@ -201,6 +203,7 @@ class SimReplica:
         slot.users -= 1
         self._eviction.released(adapter)
         if not slot.users:
+            self._used_slots -= 1
             for _ in range(len(self._slot_waiters)):
                 before = len(self._slot_waiters)
                 self._take_slot(self._slot_waiters.popleft(), now)
@@ -235,6 +238,8 @@ class SimReplica:
 
 
 def _net(came: list[str], went: list[str]) -> tuple[list[str], list[str]]:
+    if not (came and went):
+        return came, went
     change = Counter(came)
     change.subtract(went)
     return [one for one, by in change.items() if by > 0], [one for one, by in change.items() if by < 0]

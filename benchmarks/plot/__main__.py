@@ -1,4 +1,4 @@
-"""Draws a result file of ``benchmarks.kernels``, ``benchmarks.decode`` or ``benchmarks.serving``, whichever it is.
+"""Draws a result file of ``benchmarks.kernels``, ``decode``, ``serving`` or ``fleet_sim``, whichever it is.
 
     python -m benchmarks.plot benchmarks/results/kernels-h100.json          # writes kernels-h100.png beside it
     python -m benchmarks.plot decode.json --rival other.json --out decode.png

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.plot.decode import DecodeResults
+from benchmarks.plot.fleet_sim import FleetResults
 from benchmarks.plot.kernels import KernelResults
 from benchmarks.plot.picture import DPI
 from benchmarks.plot.routing import RoutingResults
@@ -32,6 +33,8 @@ def draw(content: dict[str, Any], rivals: Sequence[Path] = ()) -> Figure:
             return KernelResults(content).draw()
         case "serving":
             return ServingResults(content).draw()
+        case "fleet_sim":
+            return FleetResults(content).draw()
         case "routing":
             return RoutingResults(content).draw()
         case _:

@@ -16,6 +16,7 @@ from benchmarks.fleet_sim.replica import ReplicaShape, Request, SimReplica
 from benchmarks.fleet_sim.rivals import ConsistentHash
 from benchmarks.fleet_sim.service_times import RESULTS, measured
 from benchmarks.fleet_sim.traffic import gamma_traffic
+from benchmarks.plot.draw import save
 
 TINY = ("--replicas", "4", "--adapters", "400", "--slots", "16", "--seconds", "12", "--warm", "4", "--rate", "20")
 
@@ -41,6 +42,14 @@ def test_every_policy_has_a_row_and_ours_loads_least(tmp_path: Path, monkeypatch
         assert 0 < row["fairness"] <= 1 and row["decision_us"] > 0 and row["lost"] == 0
     assert rows["placement"]["loads_per_min"] < rows["power_of_two"]["loads_per_min"]
     assert rows["placement"]["hit_rate"] > rows["random"]["hit_rate"]
+    save(json.loads(file.read_text()), tmp_path / "fleet_sim.png")
+    assert (tmp_path / "fleet_sim.png").stat().st_size > 10_000
+
+
+def test_a_policy_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run_sim(monkeypatch, "--policies", "placement,fastest")
+    assert "fastest: choose from placement, " in capsys.readouterr().err
 
 
 def test_a_replica_that_dies_loses_only_what_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
