@@ -19,6 +19,7 @@ from deployments.news_board import TRUSTED_SECONDS, Answer
 WATCH_SECONDS = 1.0  # a hub that lives answers so often, news or not
 HUB_SECONDS = 2.0
 RETRY_SECONDS = 0.25
+_LONG_BYTES = 4096
 
 logger = logging.getLogger("ray.serve")
 
@@ -93,7 +94,8 @@ class NewsReader:
             if news.replica in self._here:
                 self._unconfirmed.pop(news.replica, None)
                 self._complete &= self._apply(news)
-                await asyncio.sleep(0)
+                if news.nbytes > _LONG_BYTES:
+                    await asyncio.sleep(0)
         for replica in [replica for replica, until in self._unconfirmed.items() if until <= now]:
             del self._unconfirmed[replica]
             self.forget(replica)
