@@ -133,7 +133,12 @@ def deployment_mistakes(application: ServeApplicationSchema, place: str) -> Iter
             known = " and ".join(OUR_DEPLOYMENTS)
             yield f"{where}.name: there is no deployment {deployment.name!r}: the application has {known}"
             continue
-        if args is None or not isinstance(deployment.user_config, dict):
+        if args is None:
+            continue
+        fixed = deployment.name == "LoraReplica" and "num_replicas" in deployment.model_fields_set
+        if fixed and args.replicas.autoscaling is not None:
+            yield f"{where}.num_replicas: args.replicas.autoscaling is set too, and goes first: leave one of them out"
+        if not isinstance(deployment.user_config, dict):
             continue
         try:
             settings = with_live(args, deployment.user_config)

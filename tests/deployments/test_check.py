@@ -264,3 +264,13 @@ def test_a_mistake_in_user_config_is_told_by_its_place(tmp_path, user_config, sa
         assert found.startswith(f"applications.0.{said}")
     good = [{"name": "Gateway", "user_config": {"allow": ["hub:acme/*"], "adapter_folders": []}}]
     assert list(mistakes(config(tmp_path, application={"deployments": good}))) == []
+
+
+def test_a_number_of_replicas_beside_autoscaling_is_told(tmp_path):
+    scaling = {"autoscaling": {"max_replicas": 2}}
+    fixed = [{"name": "Gateway", "num_replicas": 2}, {"name": "LoraReplica", "num_replicas": 2}]
+    (found,) = mistakes(config(tmp_path, application={"deployments": fixed}, replicas=scaling))
+    assert "deployments.1.num_replicas: args.replicas.autoscaling is set too" in found
+    assert list(mistakes(config(tmp_path, application={"deployments": fixed}, replicas={}))) == []
+    (found,) = mistakes(config(tmp_path, replicas=scaling | {"num_replicas": 2}))
+    assert "num_replicas is 2 but autoscaling is set too: leave one of them out" in found
