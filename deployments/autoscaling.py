@@ -17,6 +17,7 @@ from deployments import scaling
 from deployments.scaling import ReplicaPressure, ScalingDecision, ScalingMemory, ScalingPolicy
 
 MEMORY = "lorafleet"
+DECIDE_SECONDS = 1.0  # Serve asks ten times a second, and summing up what a thousand replicas said takes a while
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,22 +32,28 @@ class FleetAutoscaling:
         """policy: the fields of ``ScalingPolicy``."""
         self._policy = ScalingPolicy(**policy)
         self._told: tuple[int, int] | None = None
+        self._decided: tuple[tuple[int, int], float, int] | None = None  # (running, target), when, wish
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas, and the state that the next call finds in ``context.policy_state``."""
-        memory: ScalingMemory | None = (context.policy_state or {}).get(MEMORY)
+        state = context.policy_state or {}
+        memory: ScalingMemory | None = state.get(MEMORY)
+        sizes, now = (context.current_num_replicas, context.target_num_replicas), context.current_time or 0.0
+        if self._decided is not None and self._decided[0] == sizes and 0 <= now - self._decided[1] < DECIDE_SECONDS:
+            return self._decided[2], {MEMORY: memory}
         decision = scaling.decide(
             self._policy,
             reports(context),
             running=context.current_num_replicas,
             target=context.target_num_replicas,
             requests=context.total_num_requests,
-            now=context.current_time or 0.0,
+            now=now,
             memory=memory,
         )
         bounds = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
         wanted = min(max(decision.replicas, bounds[0]), bounds[1])
         self._tell(context, wanted, decision)
+        self._decided = sizes, now, wanted
         return wanted, {MEMORY: decision.memory}
 
     def _tell(self, context: AutoscalingContext, wanted: int, decision: ScalingDecision) -> None:

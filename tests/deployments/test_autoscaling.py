@@ -38,6 +38,7 @@ class Controller:
         self.policy = _apply_autoscaling_config(_resolve_policy_callable(self.config.policy))
         self.state: dict[str, Any] = {}
         self.now = 1000.0
+        self.summed_up: list[float] = []  # when the policy looked at what replicas said
         self.target = self.config.initial_replicas or self.config.min_replicas
         monkeypatch.setattr("ray.serve.autoscaling_policy.time.time", lambda: self.now)
 
@@ -59,7 +60,7 @@ class Controller:
             running_replicas=replicas,
             total_num_requests=requests,
             total_queued_requests=0.0,
-            aggregated_metrics=metrics,
+            aggregated_metrics=lambda: self.summed_up.append(self.now) or metrics,
             raw_metrics={},
             capacity_adjusted_min_replicas=self.config.min_replicas,
             capacity_adjusted_max_replicas=self.config.max_replicas,
@@ -122,6 +123,15 @@ def test_replicas_that_have_not_reported_decide_nothing(monkeypatch):
     serve = Controller(monkeypatch, min_replicas=2)
     assert serve.turns(300, [IDLE, None]) == 2
     assert serve.turns(300, [None, None]) == 2
+
+
+def test_what_replicas_said_is_summed_up_once_a_second(monkeypatch):
+    serve = Controller(monkeypatch)
+    for _ in range(30):
+        serve.turn([CALM], seconds=0.125)
+    assert len(serve.summed_up) == 4
+    serve.turn([CALM] * 2, seconds=0.125)
+    assert len(serve.summed_up) == 5, "a change is looked at on the spot"
 
 
 def test_the_policy_runs_where_our_package_is_not(tmp_path):
