@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
 import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from adapter_store.settings import StoreSettings
-from benchmarks.common.synthetic import write_model_config, write_random_adapter
+from benchmarks.common.synthetic import write_model_config, write_random_adapters
 from benchmarks.common.timeline import Timeline, follow
 from engine.engine import Engine
 from engine.lora_targets import adapter_layout
@@ -91,11 +89,7 @@ async def random_engine(
     layout = adapter_layout(spec)
     chosen = {f"adapter-{number:03d}": ranks[number % len(ranks)] for number in range(adapters)}
 
-    def write(number: int, name: str) -> None:
-        write_random_adapter(folder / "adapters" / name, layout, chosen[name], number)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as writers:
-        list(writers.map(write, itertools.count(), chosen))
+    write_random_adapters(folder / "adapters", layout, chosen)
     element = 2 if torch.cuda.is_available() else 4  # bytes
     slab_bytes = sum(element * layout.slab_elements(rank) + 64 for rank in chosen.values())
     engine = Engine(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +109,14 @@ def write_random_adapter(folder: Path, layout: AdapterLayout, rank: int, seed: i
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     return folder
+
+
+def write_random_adapters(folder: Path, layout: AdapterLayout, ranks: Mapping[str, int]) -> None:
+    """Write an adapter of each name and rank below ``folder``, the n-th with seed n. Those that are there stay."""
+
+    def write(number: int, name: str) -> None:
+        if not (folder / name).exists():
+            write_random_adapter(folder / name, layout, ranks[name], number)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as writers:
+        list(writers.map(write, itertools.count(), ranks))

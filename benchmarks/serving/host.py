@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.synthetic import SHAPES, write_model_config, write_random_adapter
+from benchmarks.common.synthetic import SHAPES, write_model_config, write_random_adapters
 from benchmarks.serving.prompt_text import WORDS
 from benchmarks.serving.server import ROOT, TRANSPORT, Server
 from benchmarks.serving.synthetic_tokenizer import write_tokenizer
@@ -64,9 +64,7 @@ class ServingHost:
             layout = adapter_layout(replace(ModelSpec.from_dir(model), name=server.base_model))
             folder = made / "adapters"
             folder.mkdir(exist_ok=True)
-            for number in range(count):
-                if not (folder / f"adapter-{number:03d}").exists():
-                    write_random_adapter(folder / f"adapter-{number:03d}", layout, self.rank, number)
+            write_random_adapters(folder, layout, {f"adapter-{number:03d}": self.rank for number in range(count)})
             config["adapter_folders"] = [str(folder)]
             engine["slots"] = {self.rank: min(max(count, 1), 32)}
             slab = (2 if torch.cuda.is_available() else 4) * self.rank * layout.units
