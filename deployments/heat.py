@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,8 +69,8 @@ class HeatTable:
 
     def tell(self, replica: str, hottest: Sequence[HotAdapter], now: float) -> None:
         """A replica's word; it replaces the one before."""
-        self._told[replica] = now, tuple(hottest)
-        self._told = {name: told for name, told in self._told.items() if now - told[0] < FORGET_AFTER_SECONDS}
+        told = self._told | {replica: (now, tuple(hottest))}
+        self._told = {name: word for name, word in told.items() if now - word[0] < FORGET_AFTER_SECONDS}
 
     def hottest(self, limit: int, now: float) -> list[HotAdapter]:
         """Over all replicas, hottest first. No fresher than ``FRESH_SECONDS``: many replicas may start at once."""
@@ -92,3 +93,19 @@ def added_up(adapters: Iterable[HotAdapter]) -> list[HotAdapter]:
             one = replace(one, heat=one.heat + known.heat, rank=one.rank or known.rank)  # noqa: PLW2901
         found[one.digest] = one
     return sorted(found.values(), key=lambda one: (-one.heat, one.digest))
+
+
+def packed(adapters: Sequence[HotAdapter], wall_time: float) -> bytes:
+    """As bytes that outlast the process, with the time of day."""
+    entries = [(one.reference, one.digest, one.rank, one.heat) for one in adapters]
+    return json.dumps({"at": wall_time, "adapters": entries}).encode()
+
+
+def unpacked(data: bytes, wall_time: float) -> list[HotAdapter]:
+    """What ``packed`` made, cooled down since; nothing of what is too old."""
+    kept = json.loads(data)
+    age = max(wall_time - kept["at"], 0.0)
+    if age >= FORGET_AFTER_SECONDS:
+        return []
+    adapters = (HotAdapter(*entry) for entry in kept["adapters"])
+    return [replace(one, heat=one.heat * 0.5 ** (age / HALF_LIFE_SECONDS)) for one in adapters]

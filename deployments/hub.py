@@ -23,6 +23,7 @@ from ray.serve._private.utils import get_deployment_actor_name
 from deployments.board import Board, Cursor
 from deployments.declarations import Declaration, Declarations, stamped
 from deployments.heat import HeatTable, HotAdapter
+from deployments.heat_memory import MOST_KEPT, HeatMemory
 from deployments.news import ReplicaNews
 from deployments.news_board import Answer, NewsBoard, Receipt
 
@@ -31,8 +32,6 @@ REPLICA_DEPLOYMENT = "LoraReplica"
 SERVE_NAMESPACE = "serve"  # where Serve registers the actors it manages
 WATCH_SECONDS = 20.0
 SPREAD_SECONDS = 2.0
-PREDECESSOR_SECONDS = 2.0
-MOST_TAKEN_OVER = 10_000  # adapters that an earlier hub says are asked for most
 
 
 class FleetHub:
@@ -41,13 +40,15 @@ class FleetHub:
     def __init__(self) -> None:
         self._news = NewsBoard()
         self._heat = HeatTable()
+        self._heat_memory = HeatMemory()
+        self._heat_recalled = False
         self._board: Board[Declaration] = Board()
         self._declarations = Declarations()
         self._following: asyncio.Task[None] | None = None
 
     def name(self) -> str:
         """The name under which ``ray.get_actor`` finds this hub from any process of the cluster."""
-        return ray.get_runtime_context().get_actor_name() or ""
+        return (ray.get_runtime_context().get_actor_name() or "") if ray.is_initialized() else ""
 
     # -- news of replicas ----------------------------------------------------------------------------------
 
@@ -63,17 +64,21 @@ class FleetHub:
 
     async def tell_heat(self, replica: str, hottest: Sequence[HotAdapter]) -> None:
         """What a replica was asked for most."""
+        await self._recall_heat()
         self._heat.tell(replica, hottest, time.monotonic())
+        await self._heat_memory.keep(_application(self.name()), self._heat.hottest(MOST_KEPT, time.monotonic()))
 
-    async def hottest(self, limit: int, *, before: bool = True) -> tuple[list[HotAdapter], tuple[str, ...]]:
-        """The adapters asked for most, at this application's earlier hubs too if ``before``, and which replicas run."""
-        if before and ray.is_initialized():
-            names = await asyncio.get_running_loop().run_in_executor(None, _predecessors, self.name())
-            for name, told in zip(names, await asyncio.gather(*map(_heat_at, names)), strict=True):
-                if told:
-                    self._heat.tell(name, told, time.monotonic())  # it stays known when that hub has gone
-        known = self._heat.hottest(limit, time.monotonic())
-        return known, self._news.alive
+    async def hottest(self, limit: int) -> tuple[list[HotAdapter], tuple[str, ...]]:
+        """The adapters asked for most, also before this hub was made, and which replicas run."""
+        await self._recall_heat()
+        return self._heat.hottest(limit, time.monotonic()), self._news.alive
+
+    async def _recall_heat(self) -> None:
+        if not self._heat_recalled:
+            before = await self._heat_memory.recall(_application(self.name()))
+            if not self._heat_recalled:
+                self._heat_recalled = True
+                self._heat.tell("", before, time.monotonic())
 
     # -- declarations --------------------------------------------------------------------------------------
 
@@ -147,14 +152,9 @@ def find_hub(app_name: str, code_version: str, *, any_version: bool = False) -> 
         return ray.get_actor(others[0], SERVE_NAMESPACE)
 
 
-async def _heat_at(name: str) -> list[HotAdapter]:
-    """What another hub knows; nothing when it is gone."""
-    try:
-        async with asyncio.timeout(PREDECESSOR_SECONDS):
-            hub: Any = await asyncio.get_running_loop().run_in_executor(None, ray.get_actor, name, SERVE_NAMESPACE)
-            return (await hub.hottest.remote(MOST_TAKEN_OVER, before=False))[0]
-    except (TimeoutError, RayError, ValueError):
-        return []
+def _application(own: str) -> str:
+    """What all versions of this hub have in common."""
+    return "::".join(own.split("::")[:-2])
 
 
 def _predecessors(own: str) -> list[str]:

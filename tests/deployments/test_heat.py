@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments import heat
-from deployments.heat import HALF_LIFE_SECONDS, HeatMeter, HeatTable, HotAdapter, added_up
+from deployments.heat import HALF_LIFE_SECONDS, HeatMeter, HeatTable, HotAdapter, added_up, packed, unpacked
 from deployments.hub import FleetHub
 from deployments.news import ReplicaNews
 
@@ -77,6 +77,15 @@ def test_many_that_start_at_once_cost_one_sum():
 def test_an_adapter_that_several_know_is_added_up():
     one, other = HotAdapter("x", "a", 0, 1.0), HotAdapter("x", "a", 16, 2.0)
     assert added_up([one, other]) == added_up([other, one]) == [HotAdapter("x", "a", 16, 3.0)]
+
+
+def test_what_outlasts_a_hub_has_cooled_down_by_then():
+    adapters = [HotAdapter("hub:acme/x@v1", "a", 16, 4.0), HotAdapter("local:/y", "b", 0, 1.0)]
+    data = packed(adapters, 1000.0)
+    assert unpacked(data, 1000.0) == adapters
+    assert [one.heat for one in unpacked(data, 1000.0 + HALF_LIFE_SECONDS)] == [2.0, 0.5]
+    assert unpacked(data, 900.0) == adapters, "a clock that goes back heats nothing up"
+    assert unpacked(data, 1000.0 + heat.FORGET_AFTER_SECONDS) == []
 
 
 async def test_the_hub_gives_the_hottest_and_who_runs():
