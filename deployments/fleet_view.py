@@ -58,10 +58,11 @@ class ReplicaLoad:
 class Replica:
     """One replica as this router sees it. ``index``: its place in the view's arrays."""
 
-    __slots__ = ("index", "load", "name", "own", "row_count", "rows", "tiers")
+    __slots__ = ("hash", "index", "load", "name", "own", "row_count", "rows", "tiers")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.hash = stable_hash(name)
         self.index = -1
         self.load: ReplicaLoad | None = None
         self.own: Counter[str] = Counter()  # rows this router has there, the base model's under ""
@@ -112,17 +113,15 @@ class FleetView:
         known = self._replicas.get(replica)
         if known is None:
             return
-        sized = known.load is None or known.load.max_rows != load.max_rows
-        known.load = load
+        before, known.load = known.load, load
         base_rows = load.running + load.waiting - sum(load.rows.values())
         rows = {**load.rows, "": base_rows}
         for adapter, count in known.own.items():
             rows[adapter] = max(rows.get(adapter, 0), count)
         self._believe(known, rows)
-        if sized:
-            self._size_arrays()
-        else:
-            self._measure(known)
+        self._measure(known)
+        if before is None or before.max_rows != load.max_rows:
+            self._assume_step_rows()
 
     def change(self, replica: str, tier: Tier, added: Iterable[str], removed: Iterable[str]) -> None:
         """Adapters came to a tier of a replica, or left it."""
@@ -219,15 +218,23 @@ class FleetView:
 
     def _size_arrays(self) -> None:
         replicas = [self._replicas[name] for name in self.names]
-        said = [replica.load.max_rows for replica in replicas if replica.load is not None]
-        self.step_rows = sum(said) / len(said) if said else _STEP_ROWS
-        self.hashes: npt.NDArray[np.uint64] = np.array([stable_hash(name) for name in self.names], np.uint64)
+        self.hashes: npt.NDArray[np.uint64] = np.array([replica.hash for replica in replicas], np.uint64)
         self.loads: npt.NDArray[np.float64] = np.zeros(len(replicas))
         self.costs: npt.NDArray[np.float64] = np.zeros(len(replicas))
         self.closed: npt.NDArray[np.int8] = np.zeros(len(replicas), np.int8)
         self.room: npt.NDArray[np.int64] = np.full(len(replicas), _ANY_RANK, np.int64)
         for replica in replicas:
             self._measure(replica)
+        self._assume_step_rows()
+
+    def _assume_step_rows(self) -> None:
+        """What is assumed of replicas that have not said how much a step of theirs holds."""
+        replicas = self._replicas.values()
+        said = [replica.load.max_rows for replica in replicas if replica.load is not None]
+        self.step_rows = sum(said) / len(said) if said else _STEP_ROWS
+        for replica in replicas:
+            if replica.load is None:
+                self._weigh(replica)
 
     def _measure(self, replica: Replica) -> None:
         index, load = replica.index, replica.load

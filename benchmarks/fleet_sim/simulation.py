@@ -20,7 +20,7 @@ from benchmarks.fleet_sim.replica import ReplicaShape, Request, SimReplica
 from benchmarks.fleet_sim.service_times import ServiceTimes
 from benchmarks.fleet_sim.traffic import Traffic
 
-RETRY_S = 0.05  # while every replica that may be asked is full
+RETRY_S, LONGEST_RETRY_S = 0.05, 0.5  # pauses while every replica that may be asked is full: doubled each time
 NOTICE_S = 0.1  # until routers know that a replica died, or runs again
 FAILED_TRY_S = 0.005  # a call to a dead replica
 
@@ -114,7 +114,7 @@ class Simulation:
             self._now, _, action = heapq.heappop(events)
             action()
 
-    def _route(self, request: Request, avoid: frozenset[str]) -> None:
+    def _route(self, request: Request, avoid: frozenset[str], pause: float = RETRY_S) -> None:
         outcome, policy = self._outcome, self._policy
         begun = time.thread_time()
         names = policy.choose(request.router, request.adapter, avoid, self._now)
@@ -130,7 +130,7 @@ class Simulation:
                 self._give(request, replica)
                 return
             outcome.tries += 1
-        self._at(self._now + RETRY_S, lambda: self._route(request, frozenset()))
+        self._at(self._now + pause, partial(self._route, request, frozenset(), min(2 * pause, LONGEST_RETRY_S)))
 
     def _give(self, request: Request, replica: SimReplica) -> None:
         loads = replica.loads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.fleet_view import FleetView, ReplicaLoad, Tier
@@ -156,6 +156,7 @@ actions = st.lists(
 )
 
 
+@settings(deadline=None, max_examples=80)
 @given(actions)
 def test_the_books_agree_whatever_happens(steps):
     view = FleetView(PlacementPolicy(rank_rows=0.0))
