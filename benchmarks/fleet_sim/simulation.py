@@ -6,6 +6,7 @@ import heapq
 import itertools
 import random
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -41,8 +42,7 @@ class Outcome:
     first_tokens: npt.NDArray[np.float64]
     hits: npt.NDArray[np.bool_]
     load_times: list[float] = field(default_factory=list)
-    decision_s: float = 0.0
-    decisions: int = 0
+    decision_s: array[float] = field(default_factory=lambda: array("d"))  # CPU time of each
     tries: int = 0  # requests refused by a full or dead replica and tried again
     lost: int = 0  # requests that had begun when their replica died
     busy: float = 0.0  # mean share of max_rows that ran, over replicas, sampled at arrivals
@@ -118,8 +118,7 @@ class Simulation:
         outcome, policy = self._outcome, self._policy
         begun = time.thread_time()
         names = policy.choose(request.router, request.adapter, avoid, self._now)
-        outcome.decision_s += time.thread_time() - begun
-        outcome.decisions += 1
+        outcome.decision_s.append(time.thread_time() - begun)
         for name in names:
             replica = self._known[name]
             if not replica.alive:
