@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from deployments.scaling import ReplicaPressure
@@ -28,10 +29,17 @@ class PressureGauge:
             rows=load.running + load.waiting,
             max_rows=self._engine.settings.max_rows,
             wait_s=stats.longest_wait_s,
-            slots_used=slots_used(dict(self._engine.settings.slots), dict(load.free_slots)),
+            slots_used=slots_used(dict(self._engine.settings.slots), dict(load.free_slots), self._pinned_ranks()),
             loading=loading,
         )
         return asdict(pressure)
+
+    def _pinned_ranks(self) -> list[int]:
+        slots = self._engine.parts.slots
+        if slots is None:
+            return []
+        ranks = slots.residency().adapters
+        return [ranks[digest] for digest in slots.pinned if digest in ranks]
 
     def _seconds_spent(self) -> tuple[float, float]:
         """On copies to slots, which go one after the other; on reading files, by as many threads as there are."""
@@ -43,14 +51,20 @@ class PressureGauge:
         return parts.slots.stats().copies.seconds, read / self._engine.settings.load_threads
 
 
-def slots_used(slots: dict[int, int], free: dict[int, int]) -> float:
+def slots_used(slots: dict[int, int], free: dict[int, int], pinned: Sequence[int] = ()) -> float:
     """Share of the slots that is in use, as the rank sees it that has least left: any slot as large will do for it.
 
-    slots, free: how many of each rank class there are, and are free.
+    slots, free: how many of each rank class there are, and are free. pinned: ranks of pinned adapters, whose slots do
+    not count: every replica pins the same, so more of them would not have more for others.
     """
+    others = dict(slots)
+    for rank in pinned:
+        fits = min((one for one, count in others.items() if one >= rank and count), default=None)
+        if fits is not None:
+            others[fits] -= 1
     shares = [0.0]
     for least in slots:
-        count = sum(many for rank, many in slots.items() if rank >= least)
+        count = sum(many for rank, many in others.items() if rank >= least)
         left = sum(many for rank, many in free.items() if rank >= least)
         shares.append(1 - left / count if count else 0.0)
     return max(shares)

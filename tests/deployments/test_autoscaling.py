@@ -175,3 +175,9 @@ def test_an_application_with_autoscaling_is_built():
 def test_slots_are_as_used_as_the_rank_finds_them_that_has_least_left(free, share):
     assert slots_used({16: 48, 64: 8}, free) == pytest.approx(share)
     assert slots_used({}, {}) == 0.0
+
+
+def test_pinned_adapters_are_no_reason_for_more_replicas():
+    assert slots_used({16: 4, 64: 2}, {16: 0, 64: 2}, [8, 8, 16, 4]) == 0.0
+    assert slots_used({16: 4, 64: 2}, {16: 0, 64: 0}, [8, 8, 16, 4]) == 1.0
+    assert slots_used({16: 4}, {16: 1}, [16, 16]) == 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -11,6 +12,7 @@ from deployments.heat import HotAdapter
 from deployments.pressure import PressureGauge
 from deployments.scaling import ReplicaPressure
 from deployments.warm_up import warm_up
+from engine.engine import Engine
 from engine.request import GenerationRequest, SamplingParams
 from examples.demo.words import ADAPTERS
 
@@ -18,12 +20,19 @@ from .conftest import STORE
 
 
 @pytest.fixture
-async def adapters(engine) -> dict[str, HotAdapter]:
-    """The demo's adapters, none of them in the engine."""
+async def engine(engine) -> AsyncIterator[Engine]:
+    """One in which no other test has left anything."""
+    made = Engine(engine.settings)
+    await made.start()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def adapters() -> dict[str, HotAdapter]:
+    """The demo's adapters."""
     catalog = Catalog(STORE)
     found = {name: catalog.resolve(name) for name in ADAPTERS}
-    for one in found.values():
-        await engine.unload(one.digest)
     return {name: HotAdapter(str(one.ref), one.digest, 0, 1.0) for name, one in found.items()}
 
 
