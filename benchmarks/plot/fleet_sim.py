@@ -28,7 +28,7 @@ class FleetResults:
         self.cases = list(dict.fromkeys(_case(row) for row in self.rows))
 
     def draw(self) -> Figure:
-        """The figure: a panel for each figure, a line for each policy over the cases."""
+        """The figure: a panel for each figure, a mark for each policy in each case."""
         with new_picture(len(_PANELS), f"Fleet simulation, {self.title}") as (figure, panels):
             for axes, (column, label, scale) in zip(panels, _PANELS, strict=True):
                 self._panel(axes, column)
@@ -41,11 +41,19 @@ class FleetResults:
         for color, policy in zip(COLORS, dict.fromkeys(row["policy"] for row in self.rows), strict=False):
             mine = [row for row in self.rows if row["policy"] == policy]
             places = [self.cases.index(_case(row)) for row in mine]
-            axes.plot(places, [row[column] for row in mine], color=color, marker="o", label=policy)
+            axes.plot(places, [row[column] for row in mine], color=color, marker="o", linestyle="none", label=policy)
         if column == "hit_rate":
             best = {_case(row): row["optimal_hit_rate"] for row in self.rows}
             heights = [best[case] for case in self.cases]
-            axes.plot(range(len(heights)), heights, color=NEUTRAL, linestyle=":", marker="_", label="best placement")
+            axes.plot(
+                range(len(heights)),
+                heights,
+                color=NEUTRAL,
+                linestyle="none",
+                marker="_",
+                markersize=18,
+                label="best placement",
+            )
             axes.set_ylim(0, 1)
 
 
