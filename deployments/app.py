@@ -10,11 +10,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import DeploymentActorConfig, RequestRouterConfig
 
-from deployments.autoscaling import autoscaling_config
 from deployments.gateway import Gateway
 from deployments.hub import HUB_NAME, FleetHub
 from deployments.live import LiveSettings
 from deployments.replica import LoraReplica
+from deployments.scaling.autoscaling import autoscaling_config
 from deployments.settings import FleetSettings, ReplicaSection
 
 MARGIN = 32  # a replica's own queue must be what refuses, so Serve lets this many more through

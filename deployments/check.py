@@ -26,8 +26,8 @@ from adapter_store.digest import CONFIG_FILE
 from adapter_store.names import AdapterNames
 from adapter_store.source import AdapterRef
 from adapter_store.store import check_host_cache
+from deployments.adapters.directory import check_names
 from deployments.config_file import repeated_keys, unknown_keys
-from deployments.directory import check_names
 from deployments.live import with_live
 from deployments.mistakes import told
 from deployments.settings import FleetSettings

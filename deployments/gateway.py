@@ -14,16 +14,17 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adapter_store.catalog import Catalog
-from deployments.adapter_admin import AdapterAdmin
-from deployments.adapter_metrics import AdapterMetrics
-from deployments.adapter_routes import add_adapter_routes
-from deployments.declaration_feed import DeclarationFeed
-from deployments.directory import AdapterDirectory
+from deployments.adapters.admin import AdapterAdmin
+from deployments.adapters.declaration_feed import DeclarationFeed
+from deployments.adapters.directory import AdapterDirectory
+from deployments.adapters.metrics import AdapterMetrics
+from deployments.adapters.routes import add_adapter_routes
+from deployments.api.generation import Generation
+from deployments.api.handle_errors import builtin_error
+from deployments.api.http_app import create_http_app
+from deployments.api.service import CompletionService
 from deployments.draining import Drain
 from deployments.fleet import Fleet
-from deployments.generation import Generation
-from deployments.handle_errors import builtin_error
-from deployments.http_app import create_http_app
 from deployments.hub import find_hub
 from deployments.live import LiveConfig
 from deployments.protocol.chat import ChatBody
@@ -31,8 +32,7 @@ from deployments.protocol.common import read_body, usage
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception
 from deployments.replicas import ServedReplicas, ask_every
-from deployments.routing_counters import counters
-from deployments.service import CompletionService
+from deployments.routing.routing_counters import counters
 from deployments.settings import FleetSettings
 from engine.request import GenerationChunk
 

@@ -20,12 +20,12 @@ from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.utils import get_deployment_actor_name
 
-from deployments.board import Board, Cursor
-from deployments.declarations import Declaration, Declarations, stamped
-from deployments.heat import HeatTable, HotAdapter
-from deployments.heat_memory import MOST_KEPT, HeatMemory
-from deployments.news import ReplicaNews
-from deployments.news_board import Answer, NewsBoard, Receipt
+from deployments.adapters.declarations import Declaration, Declarations, stamped
+from deployments.news.board import Board, Cursor
+from deployments.news.message import ReplicaNews
+from deployments.news.news_board import Answer, NewsBoard, Receipt
+from deployments.scaling.heat import HeatTable, HotAdapter
+from deployments.scaling.heat_memory import MOST_KEPT, HeatMemory
 
 HUB_NAME = "fleet"
 REPLICA_DEPLOYMENT = "LoraReplica"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deployments.fleet_view import FleetView, Tier, stable_hash
+from deployments.routing.fleet_view import FleetView, Tier, stable_hash
 
 SINGLES = 8  # at most so many replicas in a ranking: the caller tries them one by one, and then any other
 

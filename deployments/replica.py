@@ -14,24 +14,24 @@ from ray import serve
 
 from adapter_store.slots import Residency
 from deployments import wire
-from deployments.arrivals import Arrivals
-from deployments.declaration_feed import DeclarationFeed
-from deployments.declarations import Declaration
+from deployments.adapters.declaration_feed import DeclarationFeed
+from deployments.adapters.declarations import Declaration
+from deployments.adapters.pins import PinKeeper
+from deployments.adapters.replica_adapters import ReplicaAdapters
 from deployments.draining import Drain
-from deployments.fleet_view import ReplicaLoad
-from deployments.heat import HotAdapter
-from deployments.holdings import Holdings
 from deployments.hub import HUB_NAME
 from deployments.live import LiveConfig
-from deployments.news_publisher import NewsPublisher
+from deployments.news.holdings import Holdings
+from deployments.news.publisher import NewsPublisher
 from deployments.pacing import StreamPacing, paced, together
-from deployments.pins import PinKeeper
-from deployments.pressure import PressureGauge
-from deployments.replica_adapters import ReplicaAdapters
 from deployments.replica_metrics import ReplicaMetrics
-from deployments.residency import short_key
+from deployments.routing.arrivals import Arrivals
+from deployments.routing.fleet_view import ReplicaLoad
+from deployments.routing.short_key import short_key
+from deployments.scaling.heat import HotAdapter
+from deployments.scaling.pressure import PressureGauge
+from deployments.scaling.warm_up import HeatTeller, choose, warm_up
 from deployments.settings import FleetSettings
-from deployments.warm_up import HeatTeller, choose, warm_up
 from engine.engine import Engine
 from engine.request import EngineDead, EngineOverloaded, GenerationRequest
 

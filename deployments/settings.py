@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from adapter_store.settings import StoreSettings
-from deployments.placement_policy import PlacementPolicy
-from deployments.scaling import ScalingPolicy
-from deployments.service import ServiceLimits
+from deployments.api.service import ServiceLimits
+from deployments.routing.placement_policy import PlacementPolicy
+from deployments.scaling.decision import ScalingPolicy
 from engine.settings import EngineSettings
 from engine.spec import ModelSpec
 

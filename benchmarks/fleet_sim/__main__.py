@@ -28,7 +28,7 @@ from benchmarks.fleet_sim.rivals import ConsistentHash, PowerOfTwo, RandomChoice
 from benchmarks.fleet_sim.service_times import measured
 from benchmarks.fleet_sim.simulation import Failure, Outcome, Simulation
 from benchmarks.fleet_sim.traffic import Traffic, gamma_traffic
-from deployments.placement_policy import PlacementPolicy
+from deployments.routing.placement_policy import PlacementPolicy
 
 POLICIES = ("placement", "consistent_hash", "serve_multiplex", "power_of_two", "random")
 

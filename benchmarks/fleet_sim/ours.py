@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.fleet_sim.replica import SimReplica
-from deployments.fleet_view import FleetView, ReplicaLoad, Tier
 from deployments.placement import PlacementRequest, place
-from deployments.placement_policy import PlacementPolicy
+from deployments.routing.fleet_view import FleetView, ReplicaLoad, Tier
+from deployments.routing.placement_policy import PlacementPolicy
 
 RANK = 16
 

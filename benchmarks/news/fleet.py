@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from deployments.fleet_view import FleetView, ReplicaLoad
-from deployments.holdings import Holdings
-from deployments.news_publisher import NewsPublisher
-from deployments.news_reader import NewsReader, listen
-from deployments.placement_policy import PlacementPolicy
+from deployments.news.holdings import Holdings
+from deployments.news.publisher import NewsPublisher
+from deployments.news.reader import NewsReader, listen
+from deployments.routing.fleet_view import FleetView, ReplicaLoad
+from deployments.routing.placement_policy import PlacementPolicy
 
 SLOTS = 32
 MAX_ROWS = 64

@@ -13,11 +13,11 @@ import pytest
 from adapter_store.catalog import Catalog
 from adapter_store.settings import StoreSettings
 from deployments import wire
-from deployments.directory import AdapterDirectory
-from deployments.http_app import create_http_app
+from deployments.adapters.directory import AdapterDirectory
+from deployments.adapters.replica_adapters import ReplicaAdapters
+from deployments.api.http_app import create_http_app
+from deployments.api.service import CompletionService, ServiceLimits
 from deployments.pacing import together
-from deployments.replica_adapters import ReplicaAdapters
-from deployments.service import CompletionService, ServiceLimits
 from engine.engine import Engine
 from engine.request import GenerationChunk, GenerationRequest
 from engine.settings import EngineSettings

@@ -14,14 +14,15 @@ import httpx
 import pytest
 
 from adapter_store.catalog import Catalog
-from deployments import replica_adapters, wire
-from deployments.adapter_admin import AdapterAdmin
-from deployments.adapter_routes import add_adapter_routes
-from deployments.declaration_feed import DeclarationFeed
-from deployments.directory import AdapterDirectory
-from deployments.http_app import create_http_app
-from deployments.pins import PinKeeper
-from deployments.service import CompletionService
+from deployments import wire
+from deployments.adapters import replica_adapters
+from deployments.adapters.admin import AdapterAdmin
+from deployments.adapters.declaration_feed import DeclarationFeed
+from deployments.adapters.directory import AdapterDirectory
+from deployments.adapters.pins import PinKeeper
+from deployments.adapters.routes import add_adapter_routes
+from deployments.api.http_app import create_http_app
+from deployments.api.service import CompletionService
 from examples.demo.words import answer, held_out_prompts
 
 from .conftest import BASE_MODEL, DEMO, STORE

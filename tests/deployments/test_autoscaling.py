@@ -14,8 +14,8 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingContext
 
 from deployments.app import build, number_of_replicas
-from deployments.autoscaling import MEMORY
-from deployments.pressure import slots_used
+from deployments.scaling.autoscaling import MEMORY
+from deployments.scaling.pressure import slots_used
 from deployments.settings import FleetSettings
 
 ROOT = Path(__file__).parents[2]

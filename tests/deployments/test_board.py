@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from deployments import board
-from deployments.board import Board
+from deployments.news import board
+from deployments.news.board import Board
 
 
 async def test_a_reader_without_a_cursor_is_answered_at_once_also_when_there_is_nothing():

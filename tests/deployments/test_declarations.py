@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from deployments import declaration_feed
-from deployments.declaration_feed import DeclarationFeed
-from deployments.declarations import FORGET_AFTER_NS, Declaration, Declarations, stamped
+from deployments.adapters import declaration_feed
+from deployments.adapters.declaration_feed import DeclarationFeed
+from deployments.adapters.declarations import FORGET_AFTER_NS, Declaration, Declarations, stamped
 from deployments.protocol.errors import ApiError
 
 from .local_hub import LocalHub

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.fleet_view import FleetView, ReplicaLoad, Tier
-from deployments.placement_policy import PlacementPolicy
+from deployments.routing.fleet_view import FleetView, ReplicaLoad, Tier
+from deployments.routing.placement_policy import PlacementPolicy
 
 NAMES = ["a", "b", "c"]
 

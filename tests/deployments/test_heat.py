@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments import heat
-from deployments.heat import HALF_LIFE_SECONDS, HeatMeter, HeatTable, HotAdapter, added_up, packed, unpacked
 from deployments.hub import FleetHub
-from deployments.news import ReplicaNews
+from deployments.news.message import ReplicaNews
+from deployments.scaling import heat
+from deployments.scaling.heat import HALF_LIFE_SECONDS, HeatMeter, HeatTable, HotAdapter, added_up, packed, unpacked
 
 
 def asked(meter, times, now):

@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from deployments.fleet_view import Tier
-from deployments.holdings import Holdings
-from deployments.news import Changes
+from deployments.news.holdings import Holdings
+from deployments.news.message import Changes
+from deployments.routing.fleet_view import Tier
 
 KEYS = st.sampled_from([f"{number:016x}" for number in range(12)])
 

@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from deployments.http_app import EventStream
+from deployments.api.http_app import EventStream
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ReplicaLost
 from engine.request import GenerationFailed

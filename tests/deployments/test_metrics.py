@@ -6,10 +6,10 @@ import pytest
 
 from adapter_store.errors import AdapterError
 from adapter_store.load_stats import LoadTotals
+from deployments.api.service import CompletionService
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError
 from deployments.replica_metrics import COUNTERS, GAUGES, durations, read
-from deployments.service import CompletionService
 from engine.request import InvalidRequest
 from examples.demo.words import held_out_prompts
 

@@ -7,9 +7,9 @@ import pickle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.fleet_view import ReplicaLoad, Tier
-from deployments.holdings import MOST_KEYS, Holdings
-from deployments.news import Changes, ReplicaNews, pack_keys, pack_load, unpack_keys, unpack_load
+from deployments.news.holdings import MOST_KEYS, Holdings
+from deployments.news.message import Changes, ReplicaNews, pack_keys, pack_load, unpack_keys, unpack_load
+from deployments.routing.fleet_view import ReplicaLoad, Tier
 
 KEY = st.integers(0, 2**64 - 1).map("{:016x}".format)
 GROUPS = st.fixed_dictionaries({tier: st.frozensets(KEY, max_size=5) for tier in Tier})

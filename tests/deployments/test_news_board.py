@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.fleet_view import FleetView, ReplicaLoad, Tier
-from deployments.holdings import Holdings
-from deployments.news import ReplicaNews, pack_keys, pack_load
-from deployments.news_board import LEAST_PAUSE_SECONDS, TRUSTED_SECONDS, NewsBoard
-from deployments.news_reader import NewsReader
-from deployments.placement_policy import PlacementPolicy
+from deployments.news.holdings import Holdings
+from deployments.news.message import ReplicaNews, pack_keys, pack_load
+from deployments.news.news_board import LEAST_PAUSE_SECONDS, TRUSTED_SECONDS, NewsBoard
+from deployments.news.reader import NewsReader
+from deployments.routing.fleet_view import FleetView, ReplicaLoad, Tier
+from deployments.routing.placement_policy import PlacementPolicy
 
 KEYS = [f"{number:016x}" for number in range(8)]
 

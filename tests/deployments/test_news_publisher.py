@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from deployments import news_publisher, news_reader
-from deployments.fleet_view import FleetView, ReplicaLoad, Tier
-from deployments.holdings import Holdings
-from deployments.news_publisher import NewsPublisher
-from deployments.news_reader import NewsReader, listen
-from deployments.placement_policy import PlacementPolicy
+from deployments.news import publisher as news_publisher
+from deployments.news import reader as news_reader
+from deployments.news.holdings import Holdings
+from deployments.news.publisher import NewsPublisher
+from deployments.news.reader import NewsReader, listen
+from deployments.routing.fleet_view import FleetView, ReplicaLoad, Tier
+from deployments.routing.placement_policy import PlacementPolicy
 
 from .local_hub import LocalHub
 

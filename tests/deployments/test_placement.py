@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.fleet_view import FleetView, ReplicaLoad, Tier
 from deployments.placement import SINGLES, Choice, PlacementRequest, Reason, place, rendezvous_weights
-from deployments.placement_policy import PlacementPolicy
+from deployments.routing.fleet_view import FleetView, ReplicaLoad, Tier
+from deployments.routing.placement_policy import PlacementPolicy
 
 laws = settings(deadline=None, max_examples=60)  # not a test of the machine's speed
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from adapter_store.catalog import Catalog
-from deployments.heat import HotAdapter
-from deployments.pressure import PressureGauge
-from deployments.scaling import ReplicaPressure
-from deployments.warm_up import warm_up
+from deployments.scaling.decision import ReplicaPressure
+from deployments.scaling.heat import HotAdapter
+from deployments.scaling.pressure import PressureGauge
+from deployments.scaling.warm_up import warm_up
 from engine.engine import Engine
 from engine.request import GenerationRequest, SamplingParams
 from examples.demo.words import ADAPTERS

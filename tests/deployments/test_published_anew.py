@@ -7,9 +7,9 @@ import json
 
 from adapter_store.catalog import Catalog
 from adapter_store.settings import StoreSettings
-from deployments.directory import AdapterDirectory
+from deployments.adapters.directory import AdapterDirectory
+from deployments.api.service import CompletionService
 from deployments.protocol.completions import CompletionBody
-from deployments.service import CompletionService
 from engine.engine import Engine
 from engine.settings import EngineSettings
 from examples.demo.words import answer, held_out_prompts

@@ -6,8 +6,8 @@ import pytest
 
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterNotFound
-from deployments import replica_adapters
-from deployments.replica_adapters import ReplicaAdapters
+from deployments.adapters import replica_adapters
+from deployments.adapters.replica_adapters import ReplicaAdapters
 
 from .conftest import STORE
 

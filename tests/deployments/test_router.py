@@ -7,11 +7,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from deployments.fleet_view import ReplicaLoad, Tier, stable_hash
 from deployments.placement import Reason, rendezvous_weights
-from deployments.residency import short_key
 from deployments.router import AdapterRouter
-from deployments.routing_counters import counters
+from deployments.routing.fleet_view import ReplicaLoad, Tier, stable_hash
+from deployments.routing.routing_counters import counters
+from deployments.routing.short_key import short_key
 
 from .fakes import FakeReplica, make_router, pending
 

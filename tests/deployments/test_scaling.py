@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.scaling import ReplicaPressure, ScalingMemory, ScalingPolicy, Signal, decide
+from deployments.scaling.decision import ReplicaPressure, ScalingMemory, ScalingPolicy, Signal, decide
 
 POLICY = ScalingPolicy()
 CALM = ReplicaPressure(rows=20, max_rows=32, wait_s=0.1, slots_used=0.3, loading=0.1)

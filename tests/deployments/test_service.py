@@ -7,7 +7,7 @@ import pytest
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterChanged
 from adapter_store.settings import StoreSettings
-from deployments.directory import AdapterDirectory
+from deployments.adapters.directory import AdapterDirectory
 from deployments.protocol.chat import logprobs_object
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError

@@ -11,7 +11,7 @@ from adapter_store.catalog import Catalog
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
 from adapter_store.settings import StoreSettings
-from deployments.directory import AdapterDirectory
+from deployments.adapters.directory import AdapterDirectory
 from tests.adapter_store.hub_server import SilentHub
 
 FILES = {CONFIG_FILE: b'{"peft_type": "LORA"}', WEIGHTS_FILE: b"weights"}

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 
 from adapter_store.errors import AdapterUnavailable
-from deployments.fleet_view import FleetView
-from deployments.heat import HotAdapter
 from deployments.placement import PlacementRequest, place
-from deployments.placement_policy import PlacementPolicy
-from deployments.residency import short_key
-from deployments.warm_up import choose, warm_up
+from deployments.routing.fleet_view import FleetView
+from deployments.routing.placement_policy import PlacementPolicy
+from deployments.routing.short_key import short_key
+from deployments.scaling.heat import HotAdapter
+from deployments.scaling.warm_up import choose, warm_up
 
 
 def hot(number, *, heat=None, rank=16):

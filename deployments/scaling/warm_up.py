@@ -11,10 +11,10 @@ import numpy as np
 from ray.exceptions import RayError
 
 from adapter_store.errors import AdapterError
-from deployments.fleet_view import stable_hash
-from deployments.heat import HeatMeter, HotAdapter
 from deployments.placement import rendezvous_weights
-from deployments.residency import short_key
+from deployments.routing.fleet_view import stable_hash
+from deployments.routing.short_key import short_key
+from deployments.scaling.heat import HeatMeter, HotAdapter
 
 AT_ONCE = 8
 TELL_SECONDS = 5.0

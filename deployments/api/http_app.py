@@ -14,14 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from adapter_store.errors import AdapterError
-from deployments import sse
-from deployments.body_limit import BodyLimit
-from deployments.generation import Generation
+from deployments.api import sse
+from deployments.api.body_limit import BodyLimit
+from deployments.api.generation import Generation
+from deployments.api.rendering import events, whole
+from deployments.api.service import CompletionService
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError, from_exception, from_validation
-from deployments.rendering import events, whole
-from deployments.service import CompletionService
 from engine.request import InvalidRequest
 
 logger = logging.getLogger("ray.serve")

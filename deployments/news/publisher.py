@@ -10,10 +10,10 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from deployments.fleet_view import ReplicaLoad
-from deployments.holdings import Holdings
-from deployments.news import ReplicaNews, pack_keys, pack_load
-from deployments.news_board import LEAST_PAUSE_SECONDS
+from deployments.news.holdings import Holdings
+from deployments.news.message import ReplicaNews, pack_keys, pack_load
+from deployments.news.news_board import LEAST_PAUSE_SECONDS
+from deployments.routing.fleet_view import ReplicaLoad
 
 LOAD_SECONDS = 0.02  # a change of load alone is told this often at most
 HEARTBEAT_SECONDS = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.serve import metrics
 
-from deployments.fleet_view import Tier
+from deployments.routing.fleet_view import Tier
 
 
 class Arrivals:

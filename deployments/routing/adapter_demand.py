@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deployments.placement_policy import PlacementPolicy
+from deployments.routing.placement_policy import PlacementPolicy
 
 
 @dataclass(slots=True)

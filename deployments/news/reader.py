@@ -11,10 +11,10 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from deployments.board import Cursor
-from deployments.fleet_view import FleetView, Tier
-from deployments.news import ReplicaNews, unpack_keys, unpack_load
-from deployments.news_board import TRUSTED_SECONDS, Answer
+from deployments.news.board import Cursor
+from deployments.news.message import ReplicaNews, unpack_keys, unpack_load
+from deployments.news.news_board import TRUSTED_SECONDS, Answer
+from deployments.routing.fleet_view import FleetView, Tier
 
 WATCH_SECONDS = 1.0  # a hub that lives answers so often, news or not
 HUB_SECONDS = 2.0

@@ -15,7 +15,7 @@ from adapter_store.fair_threads import FairThreads
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, ResolvedAdapter
-from deployments.declarations import Declaration, Declarations
+from deployments.adapters.declarations import Declaration, Declarations
 
 T = TypeVar("T")
 

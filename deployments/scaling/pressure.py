@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from deployments.scaling import ReplicaPressure
+from deployments.scaling.decision import ReplicaPressure
 from engine.engine import Engine
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from adapter_store.errors import AdapterNotFound
 from adapter_store.source import AdapterRef
-from deployments.adapter_admin import AdapterAdmin
+from deployments.adapters.admin import AdapterAdmin
 from deployments.protocol.adapters import AdapterBody, LoadLoraBody, UnloadLoraBody
 from deployments.protocol.errors import ApiError, from_exception, invalid
 

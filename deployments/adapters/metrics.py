@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.serve import metrics
 
-from deployments.label_cap import LabelCap
+from deployments.adapters.label_cap import LabelCap
 
 
 class AdapterMetrics:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import ray
 from ray.serve._private.storage.kv_store import KVStoreError, RayInternalKVStore
 
-from deployments.heat import HotAdapter, packed, unpacked
+from deployments.scaling.heat import HotAdapter, packed, unpacked
 
 NAMESPACE = "lorafleet-heat"
 MOST_KEPT = 4096  # adapters, about 130 bytes each

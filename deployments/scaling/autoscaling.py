@@ -1,4 +1,4 @@
-"""Serve's autoscaler asks here how many replicas there should be: ``scaling`` behind its ``AutoscalingPolicy``.
+"""Serve's autoscaler asks here how many replicas there should be: ``decision`` behind its ``AutoscalingPolicy``.
 
 The policy runs in Serve's controller, which need not be able to import this package (it has no ``working_dir`` of an
 application), so what it needs goes there by value.
@@ -13,8 +13,8 @@ from typing import Any
 from ray import cloudpickle
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from deployments import scaling
-from deployments.scaling import ReplicaPressure, ScalingDecision, ScalingMemory, ScalingPolicy
+from deployments.scaling import decision as scaling
+from deployments.scaling.decision import ReplicaPressure, ScalingDecision, ScalingMemory, ScalingPolicy
 
 MEMORY = "lorafleet"
 DECIDE_SECONDS = 1.0  # Serve asks ten times a second, and summing up what a thousand replicas said takes a while

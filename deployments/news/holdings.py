@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import islice
 
-from deployments.fleet_view import Tier
-from deployments.news import Changes
+from deployments.news.message import Changes
+from deployments.routing.fleet_view import Tier
 
 MOST_KEYS = 10_000
 

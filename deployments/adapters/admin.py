@@ -12,7 +12,7 @@ from adapter_store.errors import AdapterError
 from adapter_store.names import NamedAdapter
 from adapter_store.schemes import scheme_mistake
 from adapter_store.source import AdapterRef, ResolvedAdapter
-from deployments.directory import AdapterDirectory, Feed
+from deployments.adapters.directory import AdapterDirectory, Feed
 from deployments.protocol.adapters import adapter_object
 from deployments.protocol.errors import ApiError, about_reference, invalid
 from deployments.replicas import Replicas

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deployments.adapter_demand import CopyCounts
-from deployments.placement_policy import PlacementPolicy
+from deployments.routing.adapter_demand import CopyCounts
+from deployments.routing.placement_policy import PlacementPolicy
 
 _ANY_RANK = np.iinfo(np.int64).max
 _STEP_ROWS = 32.0  # rows that a step is taken to hold until a replica says

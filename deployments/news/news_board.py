@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
-from deployments.board import Cursor
-from deployments.news import ReplicaNews
+from deployments.news.board import Cursor
+from deployments.news.message import ReplicaNews
 
 TRUSTED_SECONDS = 6.0  # a replica that says nothing for so long, or a hub, is not believed any more
 # A call takes 0.5 to 1 ms of the hub's processor, so that all replicas and all routers together take about one.

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from deployments.generation import Generation
+from deployments.api.generation import Generation
 from deployments.protocol import chat, completions
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import usage

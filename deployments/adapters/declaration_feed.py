@@ -11,8 +11,8 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from deployments.board import Cursor
-from deployments.declarations import Declaration, Declarations
+from deployments.adapters.declarations import Declaration, Declarations
+from deployments.news.board import Cursor
 from deployments.protocol.errors import ApiError
 
 RETRY_SECONDS = 0.5

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from deployments.fleet_view import ReplicaLoad, Tier
-from deployments.residency import KEY_LENGTH
+from deployments.routing.fleet_view import ReplicaLoad, Tier
+from deployments.routing.short_key import KEY_LENGTH
 
 TIERS = tuple(Tier)
 _KEY_BYTES = KEY_LENGTH // 2

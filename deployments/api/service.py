@@ -13,9 +13,9 @@ from typing import Any
 
 from adapter_store.errors import AdapterChanged
 from adapter_store.source import ResolvedAdapter
-from deployments.directory import AdapterDirectory
+from deployments.adapters.directory import AdapterDirectory
+from deployments.api.generation import Generation
 from deployments.fleet import Generator
-from deployments.generation import Generation
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception, invalid

@@ -1,0 +1,1 @@
+"""What operators do with adapters while the server runs: declare, look up, pin, prefetch, unload."""
