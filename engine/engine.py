@@ -67,7 +67,12 @@ class Engine:
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine-steps", daemon=True)
         self._thread.start()
-        await asyncio.wrap_future(ready)
+        try:
+            await asyncio.wrap_future(ready)
+        except asyncio.CancelledError:
+            if not ready.cancel() and ready.exception() is None:  # it came up before anybody could hear of it
+                await self.close()
+            raise
 
     async def close(self) -> None:
         """Stop after the step under way. Unfinished requests end with EngineDead."""

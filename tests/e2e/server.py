@@ -72,13 +72,14 @@ class Server(server.Server):
         )
 
     def processes(self, title: str) -> dict[int, str]:
-        """Ray's processes of this server whose title holds ``title``, such as ``LoraReplica``: pid -> title."""
+        """Ray's processes of this server whose title holds ``title``, such as ``LoraReplica``: pid -> title, without
+        the method that runs there now."""
         assert self._process is not None
         found = {}
         for child in psutil.Process(self._process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error, IndexError):
                 if child.cmdline()[0].startswith("ray::") and title in child.cmdline()[0]:
-                    found[child.pid] = child.cmdline()[0]
+                    found[child.pid] = child.cmdline()[0].partition(".")[0]
         return found
 
     def metrics(self) -> str:

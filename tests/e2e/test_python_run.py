@@ -23,21 +23,23 @@ def test_run_again_with_other_live_settings_no_process_restarts(server):
         text=True,
     )
     assert process.stdin is not None and process.stdout is not None
+    lines = process.stdout
 
     def told():
-        while (line := process.stdout.readline()) and not line.startswith(("{", '"')):
+        while (line := lines.readline()) and not line.startswith(("{", '"')):
             pass
         assert line, "the script ended"
         return json.loads(line)
 
-    first, processes = told(), server.processes("ServeReplica:python")
-    assert first["models"] == ["lorafleet-demo"] and len(processes) == 2
-    process.stdin.write("\n")
-    process.stdin.flush()
-    second = told()
-    assert second["models"] == ["lorafleet-demo", "loud"] and second["pids"] == first["pids"]
-    assert server.processes("ServeReplica:python") == processes
-    process.stdin.write("\n")
-    process.stdin.flush()
+    try:
+        first, processes = told(), server.processes("ServeReplica:python")
+        assert first["models"] == ["lorafleet-demo"] and len(processes) == 2
+        process.stdin.write("\n")
+        process.stdin.flush()
+        second = told()
+        assert second["models"] == ["lorafleet-demo", "loud"] and second["pids"] == first["pids"]
+        assert server.processes("ServeReplica:python") == processes
+    finally:  # it takes its application away at the end of its input, whatever was found
+        process.stdin.close()
     assert told() == answer(PROMPT, "shout")
     assert process.wait(60) == 0

@@ -492,6 +492,22 @@ async def test_a_start_that_is_given_up_leaves_no_engine_behind(model: TinyModel
     await engine.close()
 
 
+async def test_a_start_that_is_given_up_as_it_ends_leaves_no_engine_behind(model: TinyModel) -> None:
+    """The engine is up, and the event loop has not heard of it yet when its start is cancelled."""
+    engine = Engine(settings_for(model))
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0)
+    while not engine.healthy:  # keeps the event loop from hearing
+        time.sleep(0.01)  # noqa: ASYNC251
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert engine._thread is not None
+    assert not engine._thread.is_alive()
+    assert not engine.healthy
+    await engine.close()
+
+
 async def test_a_broken_step_fails_every_request_and_says_so(model: TinyModel, adapter: TinyAdapter) -> None:
     async with running(settings_for(model, [adapter], max_rows=2)) as engine:
         tasks = [asyncio.create_task(answer(engine, ask(f"{i}", [5], adapter, new=200))) for i in range(4)]
