@@ -166,6 +166,7 @@ def _fill(
     rank = packed_rank(rank)
     groups = [layout.lora_groups(layer) for layer in range(layout.num_layers)]
     a_targets: list[Tensor] = []
+    a_sources: list[Tensor] = []
     for path, layer, target, index in layout.modules():
         if path not in pairs:
             continue
@@ -179,12 +180,12 @@ def _fill(
                 )
         a_start, b_start = rank * group.a_unit(index), rank * group.b_unit(index)
         a_targets.append(slab[a_start : a_start + rank * inputs].view(rank, inputs)[: module.rank])
+        a_sources.append(a)
         b_target = slab[b_start : b_start + outputs * rank].view(outputs, rank)[:, : module.rank]
         if b.dtype == slab.dtype:  # the product is taken in fp32 and rounded once here too, thirty times faster
             torch.mul(b, module.scale, out=b_target)
         else:
             b_target.copy_(b.float() * module.scale)
-    a_sources = [pairs[path][0] for path, *_ in layout.modules() if path in pairs]
     torch._foreach_copy_(a_targets, a_sources)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -39,12 +39,20 @@ class CheckpointFiles:
     memory: Tensor
 
     @classmethod
-    def read(cls, folder: Path, name: str, max_weights_bytes: int | None = None) -> CheckpointFiles:
-        """Read both files. Raises AdapterRefused when one is missing, too large, or only a pickle is there."""
+    def read(
+        cls, folder: Path, name: str, max_weights_bytes: int | None = None, meanwhile: Meanwhile | None = None
+    ) -> CheckpointFiles:
+        """Read both files. Raises AdapterRefused when one is missing, too large, or only a pickle is there.
+
+        meanwhile: called with them while they are hashed.
+        """
         config, *_ = _read(folder / CONFIG_FILE, name, MAX_CONFIG_BYTES)
         if not (folder / WEIGHTS_FILE).is_file() and (folder / PICKLE_FILE).is_file():
             raise AdapterRefused(name, PICKLE_REMEDY)
-        return cls(config.numpy().tobytes(), *_read(folder / WEIGHTS_FILE, name, max_weights_bytes))
+        files = cls(config.numpy().tobytes(), *_read(folder / WEIGHTS_FILE, name, max_weights_bytes))
+        if meanwhile is not None:
+            meanwhile(files)
+        return files
 
     @property
     def nbytes(self) -> int:

@@ -56,9 +56,7 @@ class DiskCache:
         files = None
         try:
             with self.reading.measure() as work:
-                files = CheckpointFiles.read(folder, name, max_weights_bytes)
-                if meanwhile is not None:
-                    meanwhile(files)
+                files = CheckpointFiles.read(folder, name, max_weights_bytes, meanwhile)
                 found, work.bytes = files.digest(), files.nbytes
         except AdapterRefused:
             if _is_whole(folder):

@@ -79,9 +79,7 @@ class LocalSource:
         if not (Path(resolved.ref.id) / CONFIG_FILE).is_file():
             raise AdapterNotFound(resolved.name, f"there is no {CONFIG_FILE} in its folder any more")
         with self._read.measure() as read:
-            files = CheckpointFiles.read(Path(resolved.ref.id), resolved.name, max_weights_bytes)
-            if meanwhile is not None:
-                meanwhile(files)
+            files = CheckpointFiles.read(Path(resolved.ref.id), resolved.name, max_weights_bytes, meanwhile)
             digest, read.bytes = files.digest(), files.nbytes
         if digest != resolved.digest:
             raise AdapterChanged(
