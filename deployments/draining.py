@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from ray._private.worker import global_worker
 
+from deployments.background import end
+
 LOOK_SECONDS = 0.25
 LAST_CALL_SECONDS = 3.0  # before the kill; Serve looks every 2 s whether all requests are done
 
@@ -50,9 +52,7 @@ class Drain:
 
     async def close(self) -> None:
         """Stop looking."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def _run(self) -> None:
         while not self._told():  # noqa: ASYNC110 (Serve tells nobody)

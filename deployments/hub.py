@@ -29,6 +29,7 @@ from deployments.scaling.heat_memory import MOST_KEPT, HeatMemory
 
 HUB_NAME = "fleet"
 REPLICA_DEPLOYMENT = "LoraReplica"
+HUB_METADATA = "news_hub"  # LoraReplica publishes its hub's actor name to routers under this key
 SERVE_NAMESPACE = "serve"  # where Serve registers the actors it manages
 WATCH_SECONDS = 20.0
 SPREAD_SECONDS = 2.0

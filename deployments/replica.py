@@ -19,7 +19,7 @@ from deployments.adapters.declarations import Declaration
 from deployments.adapters.pins import PinKeeper
 from deployments.adapters.replica_adapters import ReplicaAdapters
 from deployments.draining import Drain
-from deployments.hub import HUB_NAME
+from deployments.hub import HUB_METADATA, HUB_NAME
 from deployments.live import LiveConfig
 from deployments.news.holdings import Holdings
 from deployments.news.publisher import NewsPublisher
@@ -155,7 +155,7 @@ class LoraReplica:
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve once; routers learn here where to listen for news."""
-        return {"news_hub": self._hub_name}
+        return {HUB_METADATA: self._hub_name}
 
     async def __del__(self) -> None:
         """Called by Serve when the replica has drained, or could not be made."""

@@ -11,6 +11,7 @@ from typing import Any
 from ray.serve import metrics
 
 from adapter_store.load_stats import SECONDS_BOUNDS, LoadTotals
+from deployments.background import end
 from engine.engine import Engine
 
 PERIOD_SECONDS = 2.0
@@ -142,8 +143,7 @@ class ReplicaMetrics:
 
     async def close(self) -> None:
         """Stop publishing."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     def publish(self, reading: Reading) -> None:
         """Pass a reading on to Ray: what is now, and what came since the last one."""

@@ -16,7 +16,7 @@ import ray
 from ray.serve._private.common import ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.hub import SERVE_NAMESPACE
+from deployments.hub import HUB_METADATA, SERVE_NAMESPACE
 from deployments.news.reader import NewsReader, listen
 from deployments.placement import PlacementRequest, Reason, place
 from deployments.routing import routing_counters
@@ -24,7 +24,6 @@ from deployments.routing.fleet_view import FleetView
 from deployments.routing.placement_policy import PlacementPolicy
 from deployments.routing.short_key import short_key
 
-HUB_METADATA = "news_hub"  # LoraReplica publishes its hub's actor name under this key
 ROUTING = "routing"  # keyword argument of a call that says what a decision needs to know, see ``Fleet``
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from deployments.adapters.declarations import Declaration, Declarations
+from deployments.background import end
 from deployments.news.board import Cursor
 from deployments.protocol.errors import ApiError
 
@@ -45,9 +46,7 @@ class DeclarationFeed:
 
     async def close(self) -> None:
         """Stop listening."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     @property
     def heard(self) -> bool:

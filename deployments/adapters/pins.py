@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterError, AdapterUnavailable
+from deployments.background import end
 from engine.engine import Engine
 
 logger = logging.getLogger("ray.serve")
@@ -52,8 +53,7 @@ class PinKeeper:
 
     async def close(self) -> None:
         """Stop looking after them."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def _keep(self, name: str) -> None:
         resolved = await asyncio.to_thread(self._catalog.resolve, name)

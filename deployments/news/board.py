@@ -28,15 +28,6 @@ class Board(Generic[T]):
         self._read: dict[str, int] = {}  # reader -> sequence it has taken in
         self._away: dict[str, float] = {}  # reader that is not waiting here now -> since when
 
-    def get(self, key: str) -> T | None:
-        """The latest value."""
-        entry = self._entries.get(key)
-        return None if entry is None else entry[1]
-
-    def values(self) -> dict[str, T]:
-        """The latest value of every key."""
-        return {key: value for key, (_, value) in self._entries.items()}
-
     async def put(self, key: str, value: T) -> int:
         """Replace the value of ``key``; returns the sequence number of the change."""
         async with self._changed:

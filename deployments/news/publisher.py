@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from deployments.background import end
 from deployments.news.holdings import Holdings
 from deployments.news.message import ReplicaNews, pack_keys, pack_load
 from deployments.news.news_board import LEAST_PAUSE_SECONDS
@@ -61,8 +62,7 @@ class NewsPublisher:
 
     async def close(self) -> None:
         """Tell once more and stop."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         self._whole = True
         try:
             await self._tell(self._next())

@@ -50,7 +50,7 @@ class HeatMeter:
         )
 
     def _decay(self, now: float) -> float:
-        return 0.5 ** ((now - self._epoch) / HALF_LIFE_SECONDS)
+        return _decay(now - self._epoch)
 
     def _settle(self, now: float) -> None:
         """Count from now on, and only what is hot: the numbers stay small, and so does the table."""
@@ -76,9 +76,7 @@ class HeatTable:
         """Over all replicas, hottest first. No fresher than ``FRESH_SECONDS``: many replicas may start at once."""
         if self._sum is None or not 0 <= now - self._sum[0] < FRESH_SECONDS:
             cooled = (
-                replace(one, heat=one.heat * 0.5 ** ((now - at) / HALF_LIFE_SECONDS))
-                for at, told in self._told.values()
-                for one in told
+                replace(one, heat=one.heat * _decay(now - at)) for at, told in self._told.values() for one in told
             )
             self._sum = now, added_up(cooled)
         return self._sum[1][:limit]
@@ -108,4 +106,9 @@ def unpacked(data: bytes, wall_time: float) -> list[HotAdapter]:
     if age >= FORGET_AFTER_SECONDS:
         return []
     adapters = (HotAdapter(*entry) for entry in kept["adapters"])
-    return [replace(one, heat=one.heat * 0.5 ** (age / HALF_LIFE_SECONDS)) for one in adapters]
+    return [replace(one, heat=one.heat * _decay(age)) for one in adapters]
+
+
+def _decay(age_s: float) -> float:
+    """What a request of so long ago counts."""
+    return 0.5 ** (age_s / HALF_LIFE_SECONDS)

@@ -11,6 +11,7 @@ import numpy as np
 from ray.exceptions import RayError
 
 from adapter_store.errors import AdapterError
+from deployments.background import end
 from deployments.placement import rendezvous_weights
 from deployments.routing.fleet_view import stable_hash
 from deployments.routing.short_key import short_key
@@ -109,8 +110,7 @@ class HeatTeller:
 
     async def close(self) -> None:
         """Say what is left to say, and stop."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         if self._event.is_set():
             try:
                 async with asyncio.timeout(1.0):
