@@ -133,6 +133,10 @@ class Tokenizer:
         content = self._backend.id_to_token(token_id)
         return None if content is None else raw_bytes(self._backend, content)
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, with the tokens that only other files name."""
+        return self._backend.to_str()
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The chat template's text: see ``ChatTemplate.render`` for the options and errors."""
         return self._template.render(messages, **options)

@@ -79,14 +79,14 @@ def test_the_largest_and_smallest_values_are_taken(values: dict[str, Any]) -> No
     ],
 )
 def test_a_bias_that_no_token_can_have_is_refused(biases: Any) -> None:
-    with pytest.raises(InvalidRequest, match="^logit_bias") as caught:
+    with pytest.raises(InvalidRequest, match=r"^logit_bias") as caught:
         SamplingParams(logit_bias=biases)
     assert caught.value.param == "logit_bias"
     assert len(str(caught.value)) < 200
 
 
 def test_more_tokens_at_least_than_at_most_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="^min_tokens is 5 but must be an integer between 0 and max_tokens"):
+    with pytest.raises(InvalidRequest, match=r"^min_tokens is 5 but must be an integer between 0 and max_tokens"):
         SamplingParams(min_tokens=5, max_tokens=4)
 
 
