@@ -64,7 +64,7 @@ class GrammarState:
     def look(self) -> None:
         """Take over what the matcher says of itself."""
         if self.matcher.is_error():
-            self.error = _first_line(self.matcher.get_error())
+            self.error = self.matcher.get_error()
         self.ended = self.matcher.is_stopped()
 
 
@@ -166,7 +166,3 @@ def _read_json(grammar: Grammar, kind: type, param: str) -> Any:
 
 def _refused(grammar: Grammar, reason: str, param: str) -> InvalidRequest:
     return InvalidRequest(f"the {grammar.kind} grammar cannot be used: {reason.strip()[:500]}", param)
-
-
-def _first_line(reason: str) -> str:
-    return reason.strip().partition("\n")[0][:500]
