@@ -184,12 +184,26 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went in its engine, in seconds, one after the other.
+
+    adapter_s: until its adapter was at hand. queue_s: until its first step. prefill_s: until its first token was read.
+    decode_s: until its last one was.
+    """
+
+    adapter_s: float
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationChunk:
     """What a request produced since its last chunk. ``finish_reason`` is set on the last one only.
 
     ``text`` never holds part of a stop string, and ends in a broken character only where the completion does.
     Counts are totals so far. ``stop_reason`` is the stop string or stop token id that ended it, None for
-    end-of-sequence or length.
+    end-of-sequence or length. ``timings`` comes with the last chunk.
     """
 
     request_id: str
@@ -200,6 +214,7 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    timings: Timings | None = None
 
     def __add__(self, later: GenerationChunk) -> GenerationChunk:
         """This chunk and a later one of the same request as one."""
@@ -212,6 +227,7 @@ class GenerationChunk:
             self.logprobs + later.logprobs,
             later.finish_reason,
             later.stop_reason,
+            later.timings,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,6 +243,8 @@ class GenerationChunk:
             TokenLogprob(p["token_id"], p["logprob"], p["text"], tuple((i, v, t) for i, v, t in p["top"]))
             for p in values["logprobs"]
         )
+        timings = values.get("timings")
+        values["timings"] = None if timings is None else Timings(**timings)
         return cls(**values)
 
 
