@@ -33,8 +33,8 @@ class Sequence:
     preempted: it ran before and waits again. age: admissions of other tenants' later arrivals while it was the first of
     its tenant. overtaken: admissions of those behind it in the order while it had no slot to go to. draining: the
     digest that its starvation keeps from being admitted again, so that a slot comes free. waits_since: when it was
-    queued last (monotonic seconds). arrived_at, queued_at, first_step_at, first_token_at: when it came and when it first
-    got there, 0 until then. drawn_at: when its last token was read.
+    queued last (monotonic seconds). arrived_at, queued_at, first_step_at, first_token_at: when it came, and when it
+    first got there, 0 until then. drawn_at: when its last token was read.
     """
 
     request: GenerationRequest

@@ -52,8 +52,8 @@ class StepMeter:
                     self._begun(sequence, now)
 
     def landed(self, rows: Rows[PlannedRow], now: float) -> None:
-        """A step's draws were read: a token for each of ``rows``. Several rows have the same gap, so one count of all of
-        them is what it takes."""
+        """A step's draws were read: a token for each of ``rows``. Most have the same gap, so that one
+        observation will do for them."""
         self.steps += 1
         if self._landed_at:
             self.step_seconds.observe(now - self._landed_at)
