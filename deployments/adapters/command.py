@@ -9,18 +9,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
-from pydantic import ValidationError
+from typing import Any
 
 from adapter_store.errors import AdapterError
 from deployments.adapters.workbench import Adapter, Workbench
-from deployments.check import OURS
-from deployments.mistakes import told
-from deployments.settings import FleetSettings
+from deployments.settings_file import DEFAULT_CONFIG, read_settings, stop
 
-DEFAULT_CONFIG = Path("serve_config.yaml")
 _FETCHES = 4
 
 DESCRIPTION = """\
@@ -36,34 +30,6 @@ An adapter is a folder, a reference such as hub:org/name@revision or s3://bucket
 The settings are those of the first application of --config; --model takes another base model, of which config.json
 is enough. Exits with 1 when an adapter would not be served, and with 2 when the settings hold a mistake.
 """
-
-
-def read_settings(config: Path, model: Path | None) -> FleetSettings:
-    """The settings of the configuration's first application of ours, with ``model`` in place of its own.
-
-    Raises SystemExit with 2 and one line a mistake.
-    """
-    args: dict[str, Any] = {}
-    if config.is_file():
-        try:
-            content = yaml.safe_load(config.read_text())
-            ours = [one for one in content["applications"] if str(one["import_path"]).replace(":", ".") == _OURS]
-            args = dict(ours[0].get("args") or {})
-        except (yaml.YAMLError, TypeError, KeyError, IndexError) as error:
-            _stop(f"{config}: it holds no application with import_path {OURS} ({type(error).__name__})")
-    elif model is None:
-        _stop(f"there is no {config}: name Serve's configuration with --config, or a base model with --model")
-    if model is not None:
-        args |= {"model": str(model.absolute()), "model_name": None}
-        if not (model / "config.json").is_file():
-            _stop(f"--model: there is no config.json in {model}")
-    try:
-        return FleetSettings.model_validate(args)
-    except ValidationError as error:
-        _stop(*(f"{config}: {line}" for line in told(error, "args.", FleetSettings)))
-
-
-_OURS = OURS.replace(":", ".")
 
 
 def check(bench: Workbench, wanted: list[str]) -> Iterator[dict[str, Any]]:
@@ -112,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         bench = Workbench(read_settings(parsed.config, parsed.model))
     except (OSError, ValueError) as error:
-        _stop(str(error))
+        stop(str(error))
     try:
         match parsed.command:
             case "check":
@@ -160,9 +126,3 @@ def _short(key: str, value: Any) -> str:
     if key.endswith("bytes") and value is not None:
         return f"{value / 2**20:.1f} MiB"
     return "-" if value is None else str(value)
-
-
-def _stop(*lines: str) -> NoReturn:
-    for line in lines:
-        print(line, file=sys.stderr)
-    raise SystemExit(2)
