@@ -142,7 +142,9 @@ class GenerationRequest:
     adapter: None for the base model, else what the adapter catalog resolves: a catalog name or a pinned
     reference such as ``local:/path`` or ``hub:org/name@<commit>``. adapter_digest: when set, the content the
     caller resolved; other content is refused, never served. tenant: who is asking, for
-    fairness among tenants; empty is the adapter's name.
+    fairness among tenants; empty is the adapter's name. share: that tenant's part of the service from now on; None
+    leaves it as the engine's settings say. api_token: with which the adapter's source showed it to the caller; the
+    engine itself has no use for it.
     """
 
     request_id: str
@@ -151,6 +153,8 @@ class GenerationRequest:
     adapter: str | None = None
     adapter_digest: str | None = None
     tenant: str = ""
+    share: float | None = None
+    api_token: str | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON types) that crosses process borders."""
