@@ -50,6 +50,11 @@ class ReplicaLoad:
     draining: bool = False
     rows: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def stage(self) -> tuple[bool, bool, int]:
+        """What decisions hang on: whether it takes requests, and how many quarters of a step its rows fill."""
+        return self.saturated, self.draining, 4 * (self.running + self.waiting) // self.max_rows
+
     def room(self) -> int:
         """The largest rank that finds a slot now; 0 for none."""
         return max((rank for rank, free in self.free_slots if free > 0), default=0) if self.free_slots else _ANY_RANK
