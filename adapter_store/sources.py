@@ -6,6 +6,7 @@ from adapter_store.disk_cache import DiskCache
 from adapter_store.hub_client import HubClient
 from adapter_store.load_stats import SourceStats
 from adapter_store.local_source import LocalSource
+from adapter_store.merging_source import MergingSource
 from adapter_store.object_client import ObjectClient
 from adapter_store.remote_source import RemoteSource
 from adapter_store.settings import StoreSettings
@@ -20,10 +21,11 @@ class Sources:
         self.disk = DiskCache(settings.path(settings.cache_dir) / "adapters", settings.cache_bytes)
         self._hub = RemoteSource(settings, HubClient(settings), self.disk)
         self._objects = RemoteSource(settings, ObjectClient(settings), self.disk)
+        self._merging = MergingSource(self.of)
 
     def of(self, ref: AdapterRef) -> AdapterSource:
         """The source that keeps what ``ref`` names."""
-        return {"local": self._local, "hub": self._hub}.get(ref.source, self._objects)
+        return {"local": self._local, "hub": self._hub, "merge": self._merging}.get(ref.source, self._objects)
 
     def stats(self) -> SourceStats:
         """What all of them did so far."""
