@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from deployments.api.http_app import EventStream
+from deployments.api.http_app import GenerationStream
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ReplicaLost
 from engine.request import GenerationFailed
@@ -232,7 +232,7 @@ async def test_a_response_that_is_never_sent_ends_its_generation(service, engine
         await asyncio.sleep(60)
 
     with pytest.raises(BaseException) as caught:
-        await EventStream(generation, body)({"type": "http", "asgi": {}}, receive, broken_send)
+        await GenerationStream(generation, body)({"type": "http", "asgi": {}}, receive, broken_send)
     assert "connection lost" in repr(caught.value) or caught.group_contains(OSError)
     for _ in range(100):
         if idle(engine):
