@@ -17,7 +17,6 @@ from adapter_store.catalog import Catalog
 from deployments.adapters.admin import AdapterAdmin
 from deployments.adapters.declaration_feed import DeclarationFeed
 from deployments.adapters.directory import AdapterDirectory
-from deployments.adapters.metrics import AdapterMetrics
 from deployments.adapters.routes import add_adapter_routes
 from deployments.api.generation import Generation
 from deployments.api.handle_errors import builtin_error
@@ -27,6 +26,11 @@ from deployments.draining import Drain
 from deployments.fleet import Fleet
 from deployments.hub import find_hub
 from deployments.live import LiveConfig
+from deployments.observability.catalog import GATEWAY
+from deployments.observability.publisher import MetricPublisher
+from deployments.observability.request_metrics import PERIOD_SECONDS, RequestMetrics
+from deployments.observability.telemetry import Telemetry
+from deployments.observability.tracing import IncomingTrace, Tracing
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import read_body, usage
 from deployments.protocol.completions import CompletionBody
@@ -62,7 +66,11 @@ class Gateway:
         self._hub_found = False
         self._feed = DeclarationFeed(self._find_hub, self._directory.hear)
         self._directory.feed = self._feed
-        fleet = Fleet(replicas)
+        name = serve.get_replica_context().replica_id.unique_id
+        self._tracing = Tracing(args.tracing.endpoint, args.tracing.sample, name)
+        metrics = RequestMetrics(args.gateway.metric_adapters, args.gateway.metric_tenants)
+        self._metrics = MetricPublisher(GATEWAY, metrics.read, PERIOD_SECONDS)
+        fleet = Fleet(replicas, self._tracing.tracer)
         self._drain = Drain(args.gateway_grace_s(), fleet.stop)
         self._service = CompletionService(
             self._directory,
@@ -70,7 +78,7 @@ class Gateway:
             fleet,
             args.max_model_len(),
             limits,
-            AdapterMetrics(args.gateway.metric_adapters).count,
+            Telemetry(metrics, self._tracing.tracer),
             args.gateway.tool_format,
         )
         load_seconds = args.store_settings().hub_download_timeout_s
@@ -79,6 +87,8 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: the routes close over this replica's service."""
         app = create_http_app(self._service, answers_carry_id=False)  # Serve's proxy sees to that
+        if self._tracing.on:
+            app.add_middleware(IncomingTrace)
         add_adapter_routes(app, self._admin, self._config.settings.gateway.admin, lambda: self._config.refused)
         return app
 
@@ -91,7 +101,12 @@ class Gateway:
     async def check_health(self) -> None:
         """Called by Serve, on the loop that requests run on: the ear for declarations opens here at the latest."""
         self._feed.start()
+        self._metrics.start()
         self._drain.start()
+
+    async def __del__(self) -> None:
+        """Called by Serve at the end."""
+        await asyncio.to_thread(self._tracing.close)
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """One whole answer: ``{"id", "model", "text", "token_ids", "finish_reason", "stop_reason", "logprobs",

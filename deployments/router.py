@@ -8,6 +8,7 @@ module (``routing_counters.counters``), which travels by name.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -150,7 +151,7 @@ class AdapterRouter(RequestRouter):
         super().on_send_request(replica.replica_id)
         routing_counters.counters.count(reason)
         if ROUTING in pending.kwargs:
-            pending.kwargs[ROUTING]["reason"] = reason.value
+            pending.kwargs[ROUTING] |= {"reason": reason.value, "replica": name, "chosen_ns": time.time_ns()}
         adapter = short_key(metadata.multiplexed_model_id)
         self._sent.setdefault((replica.replica_id, metadata.internal_request_id), Counter())[adapter] += 1
         self._view.routed(name, adapter, self._get_curr_time_s())

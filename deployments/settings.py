@@ -96,7 +96,7 @@ class GatewaySection(_LimitsSection):
 
     max_ongoing_requests: requests one gateway holds open; Serve queues the rest. admin: who may use /v1/adapters and
     vLLM's load and unload endpoints: clients of the same machine, everybody who can reach the server, nobody.
-    metric_adapters: adapters with a label of their own in metrics, see ``LabelCap``. tool_format: how the
+    metric_adapters, metric_tenants: how many have a label of their own in metrics, see ``LabelCap``. tool_format: how the
     model writes down calls of functions, see ``tool_formats``; found out from its chat template when left out.
     resources: as in ``ReplicaSection``.
     """
@@ -107,6 +107,7 @@ class GatewaySection(_LimitsSection):
     max_ongoing_requests: int = Field(default=1024, ge=1)
     admin: Annotated[Literal["loopback", "on", "off"], BeforeValidator(_on_or_off)] = "loopback"
     metric_adapters: int = Field(default=50, ge=0)
+    metric_tenants: int = Field(default=50, ge=0)
     tool_format: ToolFormatName | None = None
 
 
@@ -192,6 +193,17 @@ class ReplicaSection(_Section):
         return None if wrong is None else f"autoscaling: {wrong}"
 
 
+class TracingSection(_Section):
+    """Where OpenTelemetry's spans go, see ``Tracing``.
+
+    endpoint: URL of a collector that takes OTLP over HTTP, such as http://localhost:4318. sample: share of the requests
+    without a traceparent that are traced.
+    """
+
+    endpoint: Annotated[str, Field(pattern="^https?://")] | None = None
+    sample: float | None = Field(default=None, ge=0, le=1)
+
+
 class FleetSettings(_Section):
     """Everything an operator may set. Relative paths are taken from the folder that holds ``deployments``.
 
@@ -212,6 +224,7 @@ class FleetSettings(_Section):
     replicas: ReplicaSection = ReplicaSection()
     gateway: GatewaySection = GatewaySection()
     routing: RoutingSection = RoutingSection()
+    tracing: TracingSection = TracingSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -293,6 +306,7 @@ class FleetSettings(_Section):
             "max_ongoing_requests",
             "admin",
             "metric_adapters",
+            "metric_tenants",
             "tool_format",
         }
         return ServiceLimits(**self.gateway.model_dump(exclude=own))

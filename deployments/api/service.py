@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -19,6 +19,8 @@ from deployments.adapters.directory import AdapterDirectory
 from deployments.api.generation import Generation
 from deployments.api.tool_formats import tool_format
 from deployments.fleet import Generator
+from deployments.observability.request_record import RequestRecord
+from deployments.observability.telemetry import Telemetry
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception, invalid
@@ -27,7 +29,8 @@ from engine.grammar import check_grammar
 from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, SamplingParams, check_length
 from engine.tokenizer import Tokenizer
 
-Observer = Callable[[str, int, int, int], None]
+
+CLIENT_LEFT = 499  # what is told of a request whose client did not wait for an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +62,11 @@ class CompletionService:
         generator: Generator,
         max_model_len: int,
         limits: ServiceLimits | None = None,
-        observe: Observer | None = None,
+        telemetry: Telemetry | None = None,
         tool_form: str | None = None,
     ) -> None:
-        """max_model_len: most tokens of a prompt and its completion together, as the engines have it. observe: told of
-        each request that ended: the model's name (empty when there is none of this name), HTTP status, tokens of its
-        prompts and completions. tool_form: how the model writes down calls, see ``tool_formats``; None finds out.
+        """max_model_len: most tokens of a prompt and its completion together, as the engines have it. telemetry:
+        told of each request. tool_form: how the model writes down calls, see ``tool_formats``; None finds out.
 
         Raises ValueError when the folder has no usable tokenizer.
         """
@@ -75,7 +77,7 @@ class CompletionService:
         self._generator = generator
         self._max_model_len = max_model_len
         self.limits = limits or ServiceLimits()
-        self._observe = observe
+        self._telemetry = telemetry or Telemetry()
         self._started = int(time.time())
         self._tool_format = tool_format(tool_form, self._tokenizer.template.text)
         self._fingerprint = f"fp_{_content_hash(model_folder)}"
@@ -85,16 +87,21 @@ class CompletionService:
 
         Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
         """
-        known: list[str] = []
+        record = self._telemetry.begin(whole=not stream)
         try:
-            return await self._start(body, stream=stream, known=known)
-        except Exception as error:
-            if self._observe is not None:
-                self._observe("".join(known), from_exception(error).status, 0, 0)
+            generation = await self._start(body, record)
+        except asyncio.CancelledError:
+            self._telemetry.end(record, CLIENT_LEFT)
             raise
+        except Exception as error:
+            explained = from_exception(error)
+            record.error = explained.code or type(error).__name__
+            self._telemetry.end(record, explained.status)
+            raise
+        generation.ended = lambda prompts, completions: self._telemetry.end(record, 200, prompts, completions)
+        return generation
 
-    async def _start(self, body: CompletionBody | ChatBody, *, stream: bool, known: list[str]) -> Generation:
-        """known: takes the model's name once it is known that there is such a model."""
+    async def _start(self, body: CompletionBody | ChatBody, record: RequestRecord) -> Generation:
         sampling = body.sampling_params()
         n = body.candidates
         chat = isinstance(body, ChatBody)
@@ -110,7 +117,7 @@ class CompletionService:
                 f"logit_bias names token {unknown[0]} but {self._tokenizer.name} has {self._tokenizer.vocab_size}",
             )
         adapter, prompts = await asyncio.gather(
-            self._resolve(body.model, known), self.directory.in_text_pool(self._prompts, body)
+            self._resolve(body.model, record), self.directory.in_text_pool(self._prompts, body)
         )
         if (wanted := body.wanted()) is not None:
             await self.directory.in_text_pool(partial(check_grammar, wanted.grammar, wanted.param))
@@ -122,7 +129,8 @@ class CompletionService:
                 "messages" if chat else "prompt",
                 body.max_tokens_field,
             )
-        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        request_id = record.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        record.choices = len(prompts) * n
         streams: list[AsyncGenerator[GenerationChunk]] = []
         for number, prompt in enumerate(prompts):
             for sample in range(n):
@@ -134,7 +142,7 @@ class CompletionService:
                     adapter_digest=None if adapter is None else adapter.digest,
                     tenant=body.user or "",
                 )
-                streams.append(self._generate(request, body.model, whole=not stream))
+                streams.append(self._recorded(request, body.model, record))
         echoes = (
             await self.directory.in_text_pool(self._echoes, body)
             if isinstance(body, CompletionBody) and body.echo
@@ -159,8 +167,6 @@ class CompletionService:
             if wanted is None or error.param != "grammar":
                 raise
             raise invalid(wanted.param, str(error), code=error.code) from error  # what the client calls it
-        if (observe := self._observe) is not None:
-            generation.ended = lambda prompts, completions: observe(body.model, 200, prompts, completions)
         return generation
 
     async def models(self) -> dict[str, Any]:
@@ -179,13 +185,25 @@ class CompletionService:
         """Give threads and connections back."""
         self.directory.close()
 
+    async def _recorded(
+        self, request: GenerationRequest, model: str, record: RequestRecord
+    ) -> AsyncGenerator[GenerationChunk]:
+        try:
+            async with aclosing(self._generate(request, model, record)) as chunks:
+                async for chunk in chunks:
+                    record.saw(chunk)
+                    yield chunk
+        except Exception as error:
+            record.error = from_exception(error).code or type(error).__name__
+            raise
+
     async def _generate(
-        self, request: GenerationRequest, model: str, *, whole: bool
+        self, request: GenerationRequest, model: str, record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
         """The fleet's chunks; an adapter published anew since it was looked up is looked up once more."""
         started = False
         try:
-            async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
+            async with aclosing(self._generator.generate(request, model, record)) as chunks:
                 async for chunk in chunks:
                     started = True
                     yield chunk
@@ -196,13 +214,14 @@ class CompletionService:
         adapter = await self.directory.resolve(model, gone=request.adapter_digest)
         if adapter is not None:
             request = replace(request, adapter=str(adapter.ref), adapter_digest=adapter.digest)
-        async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
+            record.adapter = adapter.digest
+        async with aclosing(self._generator.generate(request, model, record)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def _resolve(self, model: str, known: list[str]) -> ResolvedAdapter | None:
+    async def _resolve(self, model: str, record: RequestRecord) -> ResolvedAdapter | None:
         adapter = await self.directory.resolve(model)
-        known.append(model)
+        record.model, record.adapter = model, "" if adapter is None else adapter.digest
         return adapter
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
