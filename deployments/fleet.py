@@ -104,12 +104,7 @@ class Fleet:
         self, request: GenerationRequest, model: str, avoid: list[str], record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
         handle = self._handle.options(multiplexed_model_id=request.adapter_digest or "")
-        routing: dict[str, Any] = {
-            "prompt_tokens": len(request.prompt_token_ids),
-            "tenant": request.tenant,
-            "avoid": tuple(avoid),
-            "trace": carried(record.span),
-        }
+        routing: dict[str, Any] = {"avoid": tuple(avoid), "trace": carried(record.span)}
         asked_ns = time.time_ns()
         response = handle.remote(request.to_dict(), record.whole, routing=routing)
         finished = routed = False

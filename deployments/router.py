@@ -161,8 +161,6 @@ def _request(pending: PendingRequest) -> PlacementRequest:
     routing = pending.kwargs.get(ROUTING, {})
     return PlacementRequest(
         short_key(pending.metadata.multiplexed_model_id),
-        prompt_tokens=routing.get("prompt_tokens", 0),
-        tenant=routing.get("tenant", ""),
         avoid=frozenset(routing.get("avoid", ())),
     )
 

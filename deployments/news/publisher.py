@@ -17,8 +17,7 @@ from deployments.news.news_board import LEAST_PAUSE_SECONDS
 from deployments.routing.fleet_view import ReplicaLoad
 
 LOOK_SECONDS = 0.05  # how often the load is looked at
-LOAD_SECONDS = 0.25  # a change of load alone that decides nothing is told this often at most
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0  # a change of load that decides nothing is told this often, and that there is none
 HUB_SECONDS = 2.0  # a hub that does not answer for so long is looked up anew
 RETRY_SECONDS = 0.25
 
@@ -26,9 +25,9 @@ logger = logging.getLogger("ray.serve")
 
 
 class NewsPublisher:
-    """Tells what changed: about adapters at once, about load when it reaches another ``ReplicaLoad.stage`` or in every
-    ``LOAD_SECONDS``, and now and then that the replica lives. What changes while a message is under way, or in the
-    pause that the hub asks for, goes together.
+    """Tells what changed: about adapters at once, about load along with them, when it reaches another
+    ``ReplicaLoad.stage`` and every ``HEARTBEAT_SECONDS``. What changes while a message is under way, or in the pause
+    that the hub asks for, goes together.
 
     All in one event loop: the one that makes this object.
     """
@@ -50,7 +49,7 @@ class NewsPublisher:
         self._sequence = 0
         self._whole = True  # what the hub has is not known: tell everything
         self._load = ReplicaLoad()  # told last
-        self._load_told = self._told = 0.0  # when (monotonic)
+        self._told = 0.0  # when (monotonic)
         self._pause_s = LEAST_PAUSE_SECONDS
         self._since = time.time()
         self._event = asyncio.Event()
@@ -105,13 +104,11 @@ class NewsPublisher:
             keys = pack_keys(changes)
         if self._whole:
             keys = pack_keys(self._holdings.everything())
-        staged = load.stage != self._load.stage
-        due = staged or keys is not None or now - self._load_told >= max(LOAD_SECONDS, 2 * self._pause_s)
-        if self._whole or (due and load != self._load):
-            packed = pack_load(load)
-            self._load, self._load_told = load, now
-        if keys is None and packed is None and now - self._told < HEARTBEAT_SECONDS:
+        if keys is None and load.stage == self._load.stage and now - self._told < HEARTBEAT_SECONDS:
             return None
+        if self._whole or load != self._load:
+            packed = pack_load(load)
+            self._load = load
         self._told = now
         return ReplicaNews(self._replica, self._sequence, self._whole, keys, packed, self._since)
 

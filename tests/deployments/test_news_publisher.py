@@ -97,7 +97,6 @@ async def test_a_load_that_changes_all_the_time_is_told_now_and_then_and_at_last
 
 
 async def test_a_load_that_decides_nothing_is_told_at_leisure(scene, monkeypatch):
-    monkeypatch.setattr(news_publisher, "LOAD_SECONDS", 60.0)
     monkeypatch.setattr(news_publisher, "HEARTBEAT_SECONDS", 60.0)
     monkeypatch.setattr(news_publisher, "LOOK_SECONDS", 0.001)
     await until(lambda: scene.view.step_rows == 8)
