@@ -112,7 +112,7 @@ class LoraReplica:
             asked = GenerationRequest.from_dict(request)
             self._heat.asked(asked.adapter, asked.adapter_digest)
             with (
-                self._adapters.used_by_request(asked.adapter, asked.adapter_digest),
+                self._adapters.used_by_request(asked.adapter, asked.adapter_digest, asked.api_token),
                 self._told(asked.adapter_digest, routing),
                 generation_span(self._tracing.tracer, routing.get("trace", {}), asked, self._name) as progress,
             ):

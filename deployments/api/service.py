@@ -25,10 +25,11 @@ from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception, invalid
 from deployments.protocol.models import model_list, model_object
+from deployments.tenants.admission import Admission, Admissions
+from deployments.tenants.caller import Caller
 from engine.grammar import check_grammar
 from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, SamplingParams, check_length
 from engine.tokenizer import Tokenizer
-
 
 CLIENT_LEFT = 499  # what is told of a request whose client did not wait for an answer
 
@@ -64,9 +65,11 @@ class CompletionService:
         limits: ServiceLimits | None = None,
         telemetry: Telemetry | None = None,
         tool_form: str | None = None,
+        admissions: Admissions | None = None,
     ) -> None:
         """max_model_len: most tokens of a prompt and its completion together, as the engines have it. telemetry:
         told of each request. tool_form: how the model writes down calls, see ``tool_formats``; None finds out.
+        admissions: where requests of tenants with limits are let in; without, they are not.
 
         Raises ValueError when the folder has no usable tokenizer.
         """
@@ -78,18 +81,21 @@ class CompletionService:
         self._max_model_len = max_model_len
         self.limits = limits or ServiceLimits()
         self._telemetry = telemetry or Telemetry()
+        self.admissions = admissions or Admissions()
         self._started = int(time.time())
         self._tool_format = tool_format(tool_form, self._tokenizer.template.text)
         self._fingerprint = f"fp_{_content_hash(model_folder)}"
 
-    async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
+    async def start(self, body: CompletionBody | ChatBody, *, stream: bool, caller: Caller) -> Generation:
         """Begin to generate: on return every choice has its first chunk, or without ``stream`` its only one.
 
         Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
         """
         record = self._telemetry.begin(whole=not stream)
+        record.tenant = caller.tenant.name
         try:
-            generation = await self._start(body, record)
+            async with self.admissions.admitted(caller) as admission:
+                generation = await self._start(body, record, caller, admission)
         except asyncio.CancelledError:
             self._telemetry.end(record, CLIENT_LEFT)
             raise
@@ -98,10 +104,17 @@ class CompletionService:
             record.error = explained.code or type(error).__name__
             self._telemetry.end(record, explained.status)
             raise
-        generation.ended = lambda prompts, completions: self._telemetry.end(record, 200, prompts, completions)
+
+        def ended(prompts: int, completions: int) -> None:
+            admission.leave(prompts + completions)
+            self._telemetry.end(record, 200, prompts, completions)
+
+        generation.ended = ended
         return generation
 
-    async def _start(self, body: CompletionBody | ChatBody, record: RequestRecord) -> Generation:
+    async def _start(
+        self, body: CompletionBody | ChatBody, record: RequestRecord, caller: Caller, admission: Admission
+    ) -> Generation:
         sampling = body.sampling_params()
         n = body.candidates
         chat = isinstance(body, ChatBody)
@@ -117,11 +130,11 @@ class CompletionService:
                 f"logit_bias names token {unknown[0]} but {self._tokenizer.name} has {self._tokenizer.vocab_size}",
             )
         adapter, prompts = await asyncio.gather(
-            self._resolve(body.model, record), self.directory.in_text_pool(self._prompts, body)
+            self._resolve(body.model, record, caller), self.directory.in_text_pool(self._prompts, body)
         )
         if (wanted := body.wanted()) is not None:
             await self.directory.in_text_pool(partial(check_grammar, wanted.grammar, wanted.param))
-        for prompt in prompts:
+        lengths = [
             check_length(
                 len(prompt),
                 sampling.max_tokens,
@@ -129,6 +142,10 @@ class CompletionService:
                 "messages" if chat else "prompt",
                 body.max_tokens_field,
             )
+            for prompt in prompts
+        ]
+        prompt_tokens = sum(map(len, prompts))
+        await admission.charge(prompt_tokens, n * (sum(lengths) - prompt_tokens))
         request_id = record.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         record.choices = len(prompts) * n
         streams: list[AsyncGenerator[GenerationChunk]] = []
@@ -140,9 +157,11 @@ class CompletionService:
                     sampling=_nth_sample(sampling, sample),
                     adapter=None if adapter is None else str(adapter.ref),
                     adapter_digest=None if adapter is None else adapter.digest,
-                    tenant=body.user or "",
+                    tenant=caller.counts_as(body.user),
+                    share=caller.tenant.weight,
+                    api_token=None if adapter is None else caller.api_token,
                 )
-                streams.append(self._recorded(request, body.model, record))
+                streams.append(self._recorded(request, body.model, caller, record))
         echoes = (
             await self.directory.in_text_pool(self._echoes, body)
             if isinstance(body, CompletionBody) and body.echo
@@ -169,27 +188,26 @@ class CompletionService:
             raise invalid(wanted.param, str(error), code=error.code) from error  # what the client calls it
         return generation
 
-    async def models(self) -> dict[str, Any]:
-        """The base model and every adapter that has a name, as OpenAI's list."""
-        names = await self.directory.names()
-        return model_list([self._base_object(), *map(self._adapter_object, names)])
+    async def models(self, caller: Caller) -> dict[str, Any]:
+        """The base model and every adapter that has a name, as OpenAI's list, as far as the caller may use them."""
+        names = await self.directory.names_for(caller)
+        base = [self._base_object()] if caller.tenant.base_model else []
+        return model_list([*base, *map(self._adapter_object, names)])
 
-    async def model(self, name: str) -> dict[str, Any]:
+    async def model(self, name: str, caller: Caller) -> dict[str, Any]:
         """One model. Raises AdapterNotFound and what looking it up raises."""
-        if name == self.base_model:
-            return self._base_object()
-        await self.directory.resolve(name)
-        return self._adapter_object(name)
+        adapter = await self.directory.resolve(name, caller)
+        return self._base_object() if adapter is None else self._adapter_object(name)
 
     def close(self) -> None:
         """Give threads and connections back."""
         self.directory.close()
 
     async def _recorded(
-        self, request: GenerationRequest, model: str, record: RequestRecord
+        self, request: GenerationRequest, model: str, caller: Caller, record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
         try:
-            async with aclosing(self._generate(request, model, record)) as chunks:
+            async with aclosing(self._generate(request, model, caller, record)) as chunks:
                 async for chunk in chunks:
                     record.saw(chunk)
                     yield chunk
@@ -198,7 +216,7 @@ class CompletionService:
             raise
 
     async def _generate(
-        self, request: GenerationRequest, model: str, record: RequestRecord
+        self, request: GenerationRequest, model: str, caller: Caller, record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
         """The fleet's chunks; an adapter published anew since it was looked up is looked up once more."""
         started = False
@@ -211,7 +229,7 @@ class CompletionService:
         except AdapterChanged:
             if started:
                 raise
-        adapter = await self.directory.resolve(model, gone=request.adapter_digest)
+        adapter = await self.directory.resolve(model, caller, gone=request.adapter_digest)
         if adapter is not None:
             request = replace(request, adapter=str(adapter.ref), adapter_digest=adapter.digest)
             record.adapter = adapter.digest
@@ -219,8 +237,8 @@ class CompletionService:
             async for chunk in chunks:
                 yield chunk
 
-    async def _resolve(self, model: str, record: RequestRecord) -> ResolvedAdapter | None:
-        adapter = await self.directory.resolve(model)
+    async def _resolve(self, model: str, record: RequestRecord, caller: Caller) -> ResolvedAdapter | None:
+        adapter = await self.directory.resolve(model, caller)
         record.model, record.adapter = model, "" if adapter is None else adapter.digest
         return adapter
 

@@ -45,7 +45,7 @@ class LocalFleet:
         self, request: GenerationRequest, model: str, *, whole: bool = False
     ) -> AsyncGenerator[GenerationChunk]:
         try:
-            with self.adapters.used_by_request(request.adapter, request.adapter_digest):
+            with self.adapters.used_by_request(request.adapter, request.adapter_digest, request.api_token):
                 chunks = self.engine.generate(GenerationRequest.from_dict(request.to_dict()))
                 items = together(chunks) if whole else chunks
                 async with aclosing(chunks), aclosing(items):

@@ -10,6 +10,7 @@ from deployments.api.service import CompletionService
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError
 from deployments.replica_metrics import COUNTERS, GAUGES, durations, read
+from deployments.tenants.caller import Caller
 from engine.request import InvalidRequest
 from examples.demo.words import held_out_prompts
 
@@ -41,7 +42,7 @@ def test_a_reading_has_every_metric_and_totals_grow_with_what_is_done(engine):
 async def test_requests_move_the_numbers_they_should(engine, service):
     before = read(engine, refused=False)
     for model in ("shout", "json", "spanish", "mirror", "shout"):  # three slots
-        await (await service.start(body(model=model), stream=False)).finished()
+        await (await service.start(body(model=model), stream=False, caller=Caller())).finished()
     after = read(engine, refused=False)
     grown = {key: total - before.totals[key] for key, total in after.totals.items()}
     assert grown["lorafleet_adapter_misses_total", "slot"] >= 1
@@ -55,7 +56,7 @@ async def test_requests_move_the_numbers_they_should(engine, service):
 async def test_a_reading_tells_of_the_copies_to_slots_and_of_the_bytes_in_them(engine, service):
     before = read(engine, refused=False)
     for model in ("shout", "json", "spanish", "mirror"):  # three slots
-        await (await service.start(body(model=model), stream=False)).finished()
+        await (await service.start(body(model=model), stream=False, caller=Caller())).finished()
     after = read(engine, refused=False)
     copies = after.loads["slot"]
     assert copies.done - before.loads["slot"].done == (
@@ -89,12 +90,12 @@ def test_durations_between_readings_sum_up_and_lie_in_their_buckets():
 
 async def test_a_request_is_told_once_with_its_tokens_whether_whole_streamed_or_left(told):
     service, seen = told
-    whole = await service.start(body(prompt=[PROMPT, PROMPT], n=2), stream=False)
+    whole = await service.start(body(prompt=[PROMPT, PROMPT], n=2), stream=False, caller=Caller())
     await whole.finished()
     await whole.aclose()
     assert seen == [("shout", 200, whole.prompt_tokens, whole.completion_tokens)] and whole.completion_tokens > 0
     seen.clear()
-    left = await service.start(body(max_tokens=400, ignore_eos=True), stream=True)
+    left = await service.start(body(max_tokens=400, ignore_eos=True), stream=True, caller=Caller())
     async for _ in left.chunks():
         break
     await left.aclose()
@@ -114,5 +115,5 @@ async def test_a_request_is_told_once_with_its_tokens_whether_whole_streamed_or_
 async def test_a_refusal_is_told_with_its_status_and_a_made_up_name_is_not(told, changes, name, status):
     service, seen = told
     with pytest.raises((ApiError, InvalidRequest, AdapterError)):
-        await service.start(body(**changes), stream=False)
+        await service.start(body(**changes), stream=False, caller=Caller())
     assert seen == [(name, status, 0, 0)]
