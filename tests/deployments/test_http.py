@@ -90,10 +90,7 @@ async def test_the_chosen_token_is_among_the_likeliest_also_when_it_is_not_one(h
 
 async def test_streamed_log_probabilities_equal_whole_ones(http):
     whole = (await complete(http, logprobs=1)).json()["choices"][0]["logprobs"]
-    pieces = [
-        event["choices"][0]["logprobs"]
-        for event in events_of(await complete(http, logprobs=1, stream=True, caller=Caller()))
-    ]
+    pieces = [event["choices"][0]["logprobs"] for event in events_of(await complete(http, logprobs=1, stream=True))]
     for field, expected in whole.items():
         assert [value for piece in pieces for value in piece[field]] == expected
 
@@ -143,7 +140,7 @@ async def test_a_stream_of_several_choices_with_echo_and_usage(http):
 
 
 async def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason(http):
-    events = events_of(await chat(http, model="json", stream=True, caller=Caller()))
+    events = events_of(await chat(http, model="json", stream=True))
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert events[-1]["choices"][0]["finish_reason"] == "stop" and events[-1]["choices"][0]["delta"] == {}
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == answer(PROMPT, "json")
@@ -201,7 +198,7 @@ async def test_what_breaks_after_the_status_is_an_event_of_its_own(http, fleet, 
             raise ReplicaLost("the replica that ran this request died", started=True)
 
     monkeypatch.setattr(fleet, "generate", dies)
-    *pieces, last = events_of(await complete(http, stream=True, caller=Caller()))
+    *pieces, last = events_of(await complete(http, stream=True))
     assert pieces and pieces[0]["choices"][0]["text"]
     assert last["error"]["code"] == "replica_died" and last["error"]["type"] == "server_error"
 
@@ -225,9 +222,7 @@ async def test_an_internal_error_is_500_and_only_our_own_words_are_told(http, fl
 
 async def test_a_response_that_is_never_sent_ends_its_generation(service, engine):
     """The client left between the first token and the first byte."""
-    body = CompletionBody(
-        model=BASE_MODEL, prompt=PROMPT, max_tokens=400, ignore_eos=True, stream=True, caller=Caller()
-    )
+    body = CompletionBody(model=BASE_MODEL, prompt=PROMPT, max_tokens=400, ignore_eos=True, stream=True)
     generation = await service.start(body, stream=True, caller=Caller())
     assert not idle(engine)
 
