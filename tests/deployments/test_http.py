@@ -192,8 +192,8 @@ async def test_a_full_queue_is_503_and_leaves_nothing_running(http, engine):
 async def test_what_breaks_after_the_status_is_an_event_of_its_own(http, fleet, monkeypatch):
     real = fleet.generate
 
-    async def dies(request, model, *, whole=False):
-        async for chunk in real(request, model, whole=whole):
+    async def dies(request, model, record):
+        async for chunk in real(request, model, record):
             yield chunk
             raise ReplicaLost("the replica that ran this request died", started=True)
 
@@ -211,7 +211,7 @@ async def test_what_breaks_after_the_status_is_an_event_of_its_own(http, fleet, 
     ],
 )
 async def test_an_internal_error_is_500_and_only_our_own_words_are_told(http, fleet, monkeypatch, raised, code, told):
-    async def breaks(request, model, *, whole=False):
+    async def breaks(request, model, record):
         raise raised
         yield
 
