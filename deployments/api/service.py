@@ -76,14 +76,14 @@ class CompletionService:
         self.base_model = directory.base_model
         self.directory = directory
         self._folder = model_folder
-        self._tokenizer = Tokenizer.from_dir(model_folder)
+        self.tokenizer = Tokenizer.from_dir(model_folder)
         self._generator = generator
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self.limits = limits or ServiceLimits()
         self._telemetry = telemetry or Telemetry()
         self.admissions = admissions or Admissions()
         self._started = int(time.time())
-        self._tool_format = tool_format(tool_form, self._tokenizer.template.text)
+        self._tool_format = tool_format(tool_form, self.tokenizer.template.text)
         self._fingerprint = f"fp_{_content_hash(model_folder)}"
 
     async def start(self, body: CompletionBody | ChatBody, *, stream: bool, caller: Caller) -> Generation:
@@ -124,10 +124,10 @@ class CompletionService:
                 "prompt" if n == 1 else "n" if n == body.n else "best_of",
                 f"{count} prompts x {n} are over the limit of {self.limits.max_choices} completions",
             )
-        if unknown := [token for token, _ in sampling.logit_bias if token >= self._tokenizer.vocab_size]:
+        if unknown := [token for token, _ in sampling.logit_bias if token >= self.tokenizer.vocab_size]:
             raise invalid(
                 "logit_bias",
-                f"logit_bias names token {unknown[0]} but {self._tokenizer.name} has {self._tokenizer.vocab_size}",
+                f"logit_bias names token {unknown[0]} but {self.tokenizer.name} has {self.tokenizer.vocab_size}",
             )
         adapter, prompts = await asyncio.gather(
             self._resolve(body.model, record, caller), self.directory.in_text_pool(self._prompts, body)
@@ -138,7 +138,7 @@ class CompletionService:
             check_length(
                 len(prompt),
                 sampling.max_tokens,
-                self._max_model_len,
+                self.max_model_len,
                 "messages" if chat else "prompt",
                 body.max_tokens_field,
             )
@@ -177,7 +177,7 @@ class CompletionService:
             kept=None if asked == n else asked,
             fingerprint=self._fingerprint if adapter is None else f"{self._fingerprint}_{adapter.digest[:10]}",
             echoes=[text for text in echoes for _ in range(asked)],
-            token_bytes=self._tokenizer.token_bytes,
+            token_bytes=self.tokenizer.token_bytes,
             tool_format=self._tool_format,
         )
         try:
@@ -243,13 +243,13 @@ class CompletionService:
         return adapter
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
-        most = self._max_model_len
+        most = self.max_model_len
         if isinstance(body, ChatBody):
-            return [self._tokenizer.encode_chat(body.plain_messages(), most, **body.template_arguments())]
-        return [self._tokenizer.encode(p, most_tokens=most) if isinstance(p, str) else p for p in body.prompts()]
+            return [self.tokenizer.encode_chat(body.plain_messages(), most, **body.template_arguments())]
+        return [self.tokenizer.encode(p, most_tokens=most) if isinstance(p, str) else p for p in body.prompts()]
 
     def _echoes(self, body: CompletionBody) -> list[str]:
-        return [p if isinstance(p, str) else self._tokenizer.decode(p) for p in body.prompts()]
+        return [p if isinstance(p, str) else self.tokenizer.decode(p) for p in body.prompts()]
 
     def _base_object(self) -> dict[str, Any]:
         return model_object(self.base_model, self._started, root=self._folder.name)
