@@ -15,6 +15,10 @@ from engine.request import SamplingParams, TokenLogprob
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this endpoint
 
 
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+_Prompts = str | Annotated[list[str], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)]
+
+
 def _prompt(value: Any) -> Any:
     if isinstance(value, str):
         return value
@@ -36,7 +40,9 @@ class CompletionBody(GenerationBody):
 
     unsupported_fields = {**_UNSUPPORTED, "suffix": ("",)}  # noqa: RUF012
 
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
+    prompt: Annotated[
+        str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt, json_schema_input_type=_Prompts)
+    ]
     echo: bool | None = Field(None, description="Put the prompt before each completion.")
     best_of: int | None = Field(None, ge=1, description="Make so many of each prompt and answer with the n likeliest.")
     logprobs: int | None = Field(None, description="Log probabilities of that many likeliest tokens, 0 to 20.")

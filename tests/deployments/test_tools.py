@@ -36,8 +36,8 @@ async def chat(http, **body):
 def speaking(*texts, finish="stop", logprobs=()):
     """A fleet whose model says these pieces."""
 
-    async def generate(request, model, *, whole=False):
-        pieces = ["".join(texts)] if whole else list(texts)
+    async def generate(request, model, record):
+        pieces = ["".join(texts)] if record.whole else list(texts)
         for count, text in enumerate(pieces, 1):
             last = finish if count == len(pieces) else None
             yield GenerationChunk(request.request_id, text, (), 7, count, logprobs, last)
@@ -154,7 +154,7 @@ async def test_the_template_reads_tools_calls_and_their_answers(http, service, m
         seen.update(messages=messages, **options)
         return [5, 6]
 
-    monkeypatch.setattr(service._tokenizer, "encode_chat", encode_chat)
+    monkeypatch.setattr(service.tokenizer, "encode_chat", encode_chat)
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     messages = [
         *ASKED,
