@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from adapter_store.errors import AdapterRefused
 from engine.fairness import TokenWeights
-from engine.flight import Flight, SampledToken
+from engine.flight import Flight, SampledToken, not_finite
 from engine.loading import AdapterLoads
 from engine.output import Outbox, fresh
 from engine.parts import EngineParts
@@ -22,7 +21,6 @@ from engine.request import (
     EngineOverloaded,
     FinishReason,
     GenerationChunk,
-    GenerationFailed,
     InvalidRequest,
     TokenLogprob,
 )
@@ -35,6 +33,7 @@ from engine.step_meter import StepMeter, timings
 
 _log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 1e-3
+_MASK_PATIENCE_S = 2e-3  # of a step; a row whose mask takes longer is left out until it has one
 
 
 class StepLoop:
@@ -227,7 +226,8 @@ class StepLoop:
 
     def _idle(self) -> bool:
         """Whether there is nothing to do before the next message."""
-        busy = self._inbox or self._flight or self._scheduler.running or self._scheduler.waiting
+        ready = any(not sequence.held for sequence in self._scheduler.running)
+        busy = self._inbox or self._flight or ready or self._scheduler.waiting
         return not busy and (self._loads is None or not self._loads.unblocked)
 
     def _settle_copies(self) -> int:
@@ -238,7 +238,8 @@ class StepLoop:
         """Launch the next step, then read the one before it: the device has work while its results are handed out."""
         started = time.monotonic()
         plan = self._scheduler.plan()
-        assert plan.rows or self._flight or not self._scheduler.waiting, "requests wait although nothing runs"
+        stuck = not plan.rows and not self._flight and self._scheduler.waiting and not self._scheduler.held
+        assert not stuck, "requests wait although nothing runs"
         for sequence in plan.reload:
             assert self._loads is not None
             self._loads.start(sequence)
@@ -263,7 +264,7 @@ class StepLoop:
             return
         token = sampled.token_id
         if token is None:
-            self._fail(sequence, _not_finite(sequence))
+            self._fail(sequence, not_finite(sequence))
             return
         sequence.read(token)
         if sequence.grammar is not None:
@@ -291,13 +292,23 @@ class StepLoop:
 
     def _follow_grammars(self, sequences: list[Sequence]) -> None:
         """See what may come next in those that follow a grammar, while the device works on other rows."""
-        following = [(sequence, sequence.grammar) for sequence in sequences if sequence.grammar is not None]
-        if following:
-            assert self.parts.grammars is not None
-            self.parts.grammars.fill([grammar for _, grammar in following])
-        for sequence, grammar in following:
-            if grammar.error is not None:
-                self._fail(sequence, InvalidRequest(f"the grammar cannot be followed on: {grammar.error}", "grammar"))
+        following = [sequence for sequence in sequences if sequence.grammar is not None]
+        if not following:
+            return
+        assert self.parts.grammars is not None
+        states = [sequence.grammar for sequence in following if sequence.grammar is not None]
+        for sequence, ahead in zip(following, self.parts.grammars.look_ahead(states, _MASK_PATIENCE_S), strict=True):
+            if ahead.done():
+                self._followed(sequence, ahead)
+            else:
+                ahead.add_done_callback(lambda done, late=sequence: self._post(lambda: self._followed(late, done)))
+
+    def _followed(self, sequence: Sequence, ahead: Future[None]) -> None:
+        ahead.result()
+        assert sequence.grammar is not None
+        error = sequence.grammar.error
+        if error is not None and not sequence.finished:
+            self._fail(sequence, InvalidRequest(f"the grammar cannot be followed on: {error}", "grammar"))
 
     def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
         """(text that the token brought, why the sequence is finished or None, what stopped it)."""
@@ -381,15 +392,3 @@ class StepLoop:
         with self._wake:
             self._inbox.append(message)
             self._wake.notify()
-
-
-def _not_finite(sequence: Sequence) -> Exception:
-    where = f"the logits of token {sequence.known} are not finite"
-    if sequence.mask_row >= 0:
-        where += ", or none of those that its grammar and min_tokens allow is"
-    if sequence.request.adapter is None:
-        return GenerationFailed(f"{where}: the base model overflows in this dtype; try bfloat16 or float32")
-    return AdapterRefused(
-        sequence.request.adapter,
-        f"{where}: its weights make the model overflow; check its scale and how it was trained",
-    )
