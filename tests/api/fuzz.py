@@ -9,6 +9,7 @@ type, headers and shape; none may be a 5xx. Ends with 1 and the requests that sh
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -95,6 +96,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", default=BASE_MODEL)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
+    logging.disable(logging.INFO)  # a line for each request
     with nullcontext(chosen.url) if chosen.url else served(max_model_len=96) as url:
         counts = fuzz(url, chosen.cases, chosen.model, chosen.seed)
     for line, count in sorted(counts.items()):
