@@ -274,3 +274,24 @@ def test_a_number_of_replicas_beside_autoscaling_is_told(tmp_path):
     assert list(mistakes(config(tmp_path, application={"deployments": fixed}, replicas={}))) == []
     (found,) = mistakes(config(tmp_path, replicas=scaling | {"num_replicas": 2}))
     assert "num_replicas is 2 but autoscaling is set too: leave one of them out" in found
+
+
+def test_whoever_lets_other_machines_in_says_who_has_a_key_or_that_nobody_needs_one(tmp_path):
+    def found(host, **gateway):
+        file = config(tmp_path, gateway=gateway)
+        made = yaml.safe_load(file.read_text())
+        made["http_options"].pop("host", None)
+        made["http_options"] |= {} if host is None else {"host": host}
+        file.write_text(yaml.safe_dump(made))
+        return list(mistakes(file, running=True))
+
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("tenants: {acme: {keys: []}}")
+    for host in ("0.0.0.0", "::", "10.0.0.7", None):  # Serve's own default lets everybody in
+        (told,) = found(host)
+        assert told.startswith("args.gateway: http_options.host is") and "gateway.keys_file" in told
+        assert found(host, open=True) == found(host, keys_file=str(keys)) == []
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert found(host) == []
+    (told,) = found("127.0.0.1", keys_file="nowhere.yaml")
+    assert told.startswith("args.gateway.keys_file: keys file ") and "cannot be read" in told
