@@ -149,9 +149,9 @@ def test_a_key_that_is_written_twice_is_told_with_its_lines(tmp_path):
 
 def test_a_key_that_is_written_twice_in_one_line_is_told(tmp_path):
     file = config(tmp_path)
-    file.write_text(file.read_text() + "logging_config: {log_level: INFO, log_level: DEBUG}\n")
+    file.write_text(file.read_text() + "grpc_options: {port: 9000, port: 9001}\n")
     (found,) = mistakes(file)
-    assert found.startswith("logging_config.log_level: written in line ")
+    assert found.startswith("grpc_options.port: written in line ")
 
 
 def test_one_user_config_for_both_deployments_is_no_repetition(tmp_path):
