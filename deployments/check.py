@@ -31,6 +31,7 @@ from deployments.adapters.directory import check_names
 from deployments.config_file import repeated_keys, unknown_keys
 from deployments.live import with_live
 from deployments.mistakes import told
+from deployments.observability.tracing import REMEDY, has_exporter
 from deployments.settings import FleetSettings
 from deployments.source_check import scheme_mistakes, source_warnings
 from deployments.tenants.live_keys import LiveKeys
@@ -209,6 +210,8 @@ def application_warnings(args: dict[str, Any]) -> Iterator[str]:
     settings = FleetSettings.model_validate(args)
     engine = settings.engine_settings()
     yield from source_warnings(settings, "args")
+    if settings.tracing.endpoint is not None and not has_exporter():
+        yield f"args.tracing.endpoint: spans cannot be sent from this machine: {REMEDY}"
     for kind, need in host_cache_needs(engine, ModelSpec.from_dir(settings.model_folder())).items():
         if need is not None:
             yield f"args.{need} (where the engine runs on {kind})"
