@@ -18,6 +18,7 @@ from deployments.api.body_limit import BodyLimit
 from deployments.api.explain import explain
 from deployments.api.generation import Generation
 from deployments.api.lorax import add_lorax_routes
+from deployments.api.lorax_answers import StreamedToken
 from deployments.api.openapi import GENERATES, answers, describe_events
 from deployments.api.rendering import events, whole
 from deployments.api.request_id import HEADER, RequestId, current_request_id
@@ -94,7 +95,7 @@ def create_http_app(
             response.headers[HEADER] = current_request_id()
         return response
 
-    describe_events(app)
+    describe_events(app, ChatEvent, StreamedToken)
     for kind in (ApiError, InvalidRequest, AdapterError):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(Exception, failed)

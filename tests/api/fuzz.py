@@ -42,10 +42,14 @@ PARTS = (
     ("/health", VALID, 0.0),
     ("/v1/models", VALID, 0.0),
     ("/v1/models/{name}", VALID, 0.05),
-    ("/v1/completions", VALID, 0.25),
-    ("/v1/completions", BROKEN, 0.15),
-    ("/v1/chat/completions", VALID, 0.35),
-    ("/v1/chat/completions", BROKEN, 0.2),
+    ("/v1/completions", VALID, 0.2),
+    ("/v1/completions", BROKEN, 0.1),
+    ("/v1/chat/completions", VALID, 0.3),
+    ("/v1/chat/completions", BROKEN, 0.15),
+    ("/generate", VALID, 0.1),
+    ("/generate_stream", VALID, 0.05),
+    ("/", BROKEN, 0.05),
+    ("/info", VALID, 0.0),
 )
 
 
@@ -78,6 +82,8 @@ def _fuzz_operation(operation: Any, mode: GenerationMode, cases: int, model: str
             named = case.body.get("model")
             if isinstance(named, str) and (len(named) < 4 or len(named) % 4):
                 case.body["model"] = model
+            if isinstance(asked := case.body.get("parameters"), dict):
+                asked["max_new_tokens"] = 4
             for name in ("max_tokens", "max_completion_tokens"):  # how long it takes is not the question here
                 if isinstance(case.body.get(name), int):
                     case.body[name] = min(case.body[name], 24)
