@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from adapter_store.load_stats import SECONDS_BOUNDS, LoadTotals
@@ -10,6 +12,8 @@ from deployments.observability.publisher import MetricPublisher
 from deployments.observability.replica_metrics import read
 from deployments.observability.request_metrics import RequestMetrics
 from deployments.observability.request_record import RequestRecord
+from deployments.protocol.completions import CompletionBody
+from deployments.tenants.caller import Caller
 from engine.histogram import Distribution, Histogram
 from examples.demo.words import held_out_prompts
 
@@ -128,6 +132,25 @@ async def test_an_answer_that_does_not_get_to_its_end_is_told_with_the_reason(ht
     assert (await complete(http, model=BASE_MODEL, stream=True)).status_code == 200
     cut = {key: value for key, value in (await metrics.read()).items() if key[0] == "lorafleet_requests_cut_total"}
     assert cut == {("lorafleet_requests_cut_total", "internal_error"): 1}
+
+
+async def test_clients_that_leave_are_told_apart(service, metrics, engine):
+    body = CompletionBody(model="shout", prompt=PROMPT, max_tokens=400, ignore_eos=True)
+    left = await service.start(body, stream=True, caller=Caller())
+    async for _ in left.chunks():
+        break
+    await left.aclose()
+    impatient = asyncio.ensure_future(service.start(body, stream=False, caller=Caller()))
+    while not engine.stats().running:
+        await asyncio.sleep(0.001)
+    impatient.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await impatient
+    told = await counted(metrics)
+    assert told[("lorafleet_requests_open",)] == 0 and told["lorafleet_requests_cut_total", "client_left"] == 1
+    assert told["lorafleet_adapter_requests_total", "shout", "200"] == 1
+    assert told["lorafleet_adapter_requests_total", "shout", "499"] == 1
+    assert 0 < told["lorafleet_adapter_tokens_total", "shout", "completion"] < 400
 
 
 async def test_names_beyond_the_cap_are_counted_together():
