@@ -87,7 +87,7 @@ def _fuzz_operation(operation: Any, mode: GenerationMode, cases: int, model: str
             for name in ("max_tokens", "max_completion_tokens"):  # how long it takes is not the question here
                 if isinstance(case.body.get(name), int):
                     case.body[name] = min(case.body[name], 24)
-        response = case.call()
+        response = case.call(timeout=60)
         counts[f"{case.operation.method.upper()} {case.operation.path} {response.status_code}"] += 1
         case.validate_response(response, checks=CHECKS)
 
