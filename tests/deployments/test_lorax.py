@@ -19,7 +19,7 @@ from deployments.protocol.errors import ApiError, ReplicaLost
 from deployments.protocol.lorax import Parameters, lorax_error
 from deployments.tenants.caller import Caller
 from deployments.tenants.tenant import Tenant
-from engine.request import EngineOverloaded, GenerationFailed
+from engine.request import EngineOverloaded, GenerationFailed, SamplingParams
 from examples.demo.words import answer, held_out_prompts
 
 from .conftest import BASE_MODEL, DEMO, STORE
@@ -436,6 +436,18 @@ async def test_a_response_that_is_never_read_ends_its_generation(http, engine):
             return
         await asyncio.sleep(0.01)
     raise AssertionError("it still runs")
+
+
+async def test_the_prompts_own_tokens_are_told(http, service):
+    response = await generate(http, decoder_input_details=True, max_new_tokens=2)
+    if not hasattr(SamplingParams(), "prompt_logprobs"):  # an engine that does not read prompts says so
+        assert error_of(response)[:2] == (422, "validation")
+        return
+    prefill = response.json()["details"]["prefill"]
+    assert [token["id"] for token in prefill] == service.tokenizer.encode(PROMPT)
+    assert prefill[0]["logprob"] is None
+    assert all(token["logprob"] < 0 for token in prefill[1:])
+    assert (await whole(http, max_new_tokens=2))["details"]["prefill"] == []
 
 
 async def test_the_info_says_what_is_known(http):
