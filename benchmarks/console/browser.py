@@ -67,8 +67,8 @@ def install() -> Path:
         shutil.rmtree(FOLDER, ignore_errors=True)
         unpacked.rename(FOLDER)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        _REASON.write_text(f"it could not be fetched: {said.strip().splitlines()[-1]}")
+        said = [line for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
+        _REASON.write_text(f"it could not be fetched: {'; '.join(said[:3])[:500]}")
         raise BrowserMissing(f"no Chromium here: {_REASON.read_text()}") from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
