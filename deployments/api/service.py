@@ -15,7 +15,7 @@ from typing import Any
 
 from adapter_store.errors import AdapterChanged
 from adapter_store.merging_recipe import MARK, Merge
-from adapter_store.source import ResolvedAdapter
+from adapter_store.source import AdapterRef, ResolvedAdapter
 from deployments.adapters.directory import AdapterDirectory
 from deployments.api.generation import Generation
 from deployments.api.tool_formats import tool_format
@@ -160,7 +160,9 @@ class CompletionService:
                     adapter_digest=None if adapter is None else adapter.digest,
                     tenant=caller.counts_as(body.user),
                     share=caller.tenant.weight,
-                    api_token=None if adapter is None else caller.api_token,
+                    api_token=caller.api_token
+                    if AdapterRef.is_meant(body.model)
+                    else None,  # not for the operator's names
                 )
                 streams.append(self._recorded(request, body.model, caller, record))
         echoes = (
