@@ -57,7 +57,7 @@ async def shoot(url: str, out: Path) -> None:
         await page.locator("#prompt").fill(held_out_prompts(1)[0])
         await page.locator("#prompt").press("Control+Enter")
         await expect(page.locator("#playground-status")).to_contain_text("done", timeout=60_000)
-        await page.evaluate("document.activeElement.blur()")
+        await page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
         await page.wait_for_timeout(1500)
         out.parent.mkdir(parents=True, exist_ok=True)
         await page.screenshot(path=out, full_page=True)
