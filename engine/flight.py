@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.scheduler import PlannedRow
+from engine.sequence import Sequence as Request
 from engine.step import Drawn
 from kernels.sampling import log_probs
 
@@ -28,18 +29,19 @@ class SampledToken:
 class Flight:
     """The draws of one step. Made right after its launch, before the next one's; may be read long after."""
 
-    def __init__(self, rows: Sequence[PlannedRow], drawn: Drawn) -> None:
-        """rows: those that draw a token, in the order of ``drawn.places``. Nothing waits for the device."""
-        self.rows, self._places = rows, drawn.places
+    def __init__(self, rows: Sequence[PlannedRow], drawn: Drawn, pooled: Sequence[Request] = ()) -> None:
+        """rows: those that draw a token, in the order of ``drawn.places``. pooled: requests that draw none and whose
+        embedding this step completes. Nothing waits for the device."""
+        self.rows, self.pooled, self._places = rows, pooled, drawn.places
         asked = [row.sequence.request.sampling.logprobs for row in rows]
         self._wanted = {index: count for index, count in enumerate(asked) if count is not None}
-        self._tokens = _to_host(torch.where(drawn.logprobs.isnan(), -1, drawn.ids))
+        self._tokens = to_host(torch.where(drawn.logprobs.isnan(), -1, drawn.ids))
         self._logprobs: tuple[Tensor, ...] = ()
         if self._wanted:
             index = torch.tensor([drawn.places[row] for row in self._wanted], dtype=torch.int64)
             index = index.to(drawn.ids.device, non_blocking=True)
             logits, ids = drawn.logits.index_select(0, index), drawn.ids.index_select(0, index)
-            self._logprobs = tuple(map(_to_host, log_probs(logits, ids, max(self._wanted.values()))))
+            self._logprobs = tuple(map(to_host, log_probs(logits, ids, max(self._wanted.values()))))
         self._done: torch.cuda.Event | None = None
         if drawn.ids.is_cuda:
             self._done = torch.cuda.Event()
@@ -63,7 +65,7 @@ class Flight:
         ]
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
     """A copy under way to pinned memory; the tensor itself on a CPU."""
     if not tensor.is_cuda:
         return tensor

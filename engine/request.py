@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+Pooling = Literal["mean", "last"]
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # OpenAI's name
 _INT64 = 2**63 - 1  # what a step's tensors hold
@@ -45,7 +46,8 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 keeps all. top_p in (0, 1]. min_p in [0, 1], relative to the most
     likely token. seed: None draws one. max_tokens: None fills the context. stop: strings, cut from the text.
-    logprobs: None for none, n >= 0 for the chosen token and the n likeliest, from the raw logits.
+    logprobs: None for none, n >= 0 for the chosen token and the n likeliest, from the raw logits. prompt_logprobs: the
+    same of the prompt's tokens; the prompt is computed whole then, whatever the prefix cache holds.
     """
 
     temperature: float = 1.0
@@ -58,6 +60,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, ok, allowed in (
@@ -70,6 +73,11 @@ class SamplingParams:
             ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of non-empty strings"),
             ("stop_token_ids", _tuple_of(int, self.stop_token_ids), "a tuple of integers"),
             ("logprobs", self.logprobs is None or _integer(self.logprobs, 0, 20), "an integer between 0 and 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or _integer(self.prompt_logprobs, 0, 20),
+                "an integer between 0 and 20",
+            ),
         ):
             if not ok:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r} but must be {allowed}", name)
@@ -82,7 +90,9 @@ class GenerationRequest:
     adapter: None for the base model, else what the adapter catalog resolves: a catalog name or a pinned
     reference such as ``local:/path`` or ``hub:org/name@<commit>``. adapter_digest: when set, the content the
     caller resolved; other content is refused, never served. tenant: who is asking, for
-    fairness among tenants; empty is the adapter's name.
+    fairness among tenants; empty is the adapter's name. pooling: generate nothing, but answer with one embedding of
+    the prompt, the mean of its tokens' hidden states behind the last norm or the last token's; ``sampling`` means
+    nothing then.
     """
 
     request_id: str
@@ -91,6 +101,7 @@ class GenerationRequest:
     adapter: str | None = None
     adapter_digest: str | None = None
     tenant: str = ""
+    pooling: Pooling | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON types) that crosses process borders."""
@@ -109,7 +120,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Raw (before temperature) natural-log probability of one generated token and of the likeliest ones.
+    """Raw (before temperature) natural-log probability of one token and of the likeliest ones in its place.
 
     ``text`` is the token decoded alone; ``top`` holds ``(token_id, logprob, text)``, likeliest first.
     """
@@ -119,6 +130,12 @@ class TokenLogprob:
     text: str
     top: tuple[tuple[int, float, str], ...] = ()
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TokenLogprob:
+        """From an entry of ``GenerationChunk.to_dict``."""
+        top = tuple((token, value, text) for token, value, text in data["top"])
+        return cls(data["token_id"], data["logprob"], data["text"], top)
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationChunk:
@@ -126,7 +143,9 @@ class GenerationChunk:
 
     ``text`` never holds part of a stop string, and ends in a broken character only where the completion does.
     Counts are totals so far. ``stop_reason`` is the stop string or stop token id that ended it, None for
-    end-of-sequence or length.
+    end-of-sequence or length. ``prompt_logprobs``, where asked for, come with the first chunk, for every token of the
+    prompt; None is the first one's, which follows nothing. ``embedding``, where asked for, is all that its one chunk
+    brings: (hidden_size,), fp32 values, not normalised.
     """
 
     request_id: str
@@ -137,6 +156,8 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    embedding: tuple[float, ...] | None = None
 
     def __add__(self, later: GenerationChunk) -> GenerationChunk:
         """This chunk and a later one of the same request as one."""
@@ -149,22 +170,31 @@ class GenerationChunk:
             self.logprobs + later.logprobs,
             later.finish_reason,
             later.stop_reason,
+            self.prompt_logprobs + later.prompt_logprobs,
+            self.embedding or later.embedding,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON types) that crosses process borders."""
-        return asdict(self)
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # asdict copies leaf by leaf
+        for name in ("logprobs", "prompt_logprobs"):
+            values[name] = [None if p is None else _plain(p) for p in values[name]]
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GenerationChunk:
         """The inverse of ``to_dict``."""
         values = dict(data)
         values["token_ids"] = tuple(values["token_ids"])
-        values["logprobs"] = tuple(
-            TokenLogprob(p["token_id"], p["logprob"], p["text"], tuple((i, v, t) for i, v, t in p["top"]))
-            for p in values["logprobs"]
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            values[name] = tuple(None if p is None else TokenLogprob.from_dict(p) for p in values[name])
+        if values["embedding"] is not None:
+            values["embedding"] = tuple(values["embedding"])
         return cls(**values)
+
+
+def _plain(token: TokenLogprob) -> dict[str, Any]:
+    return {"token_id": token.token_id, "logprob": token.logprob, "text": token.text, "top": token.top}
 
 
 def check_length(
@@ -172,16 +202,18 @@ def check_length(
 ) -> int:
     """How many tokens, prompt and completion together, a request may come to in a context of ``limit`` tokens.
 
-    ``max_tokens`` None fills the context. ``param`` is what the client calls its prompt ("prompt", "messages"),
-    ``max_tokens_param`` what it calls max_tokens.
+    ``max_tokens`` None fills the context, 0 is a prompt alone. ``param`` is what the client calls its prompt
+    ("prompt", "messages"), ``max_tokens_param`` what it calls max_tokens.
     Raises InvalidRequest with the numbers for an empty prompt and for what does not fit.
     """
     if prompt_tokens == 0:
         raise InvalidRequest("the prompt has no tokens: send at least one", param)
-    if prompt_tokens >= limit:
+    least = 0 if max_tokens == 0 else 1
+    if prompt_tokens + least > limit:
+        included = ", completion included" if least else ""
         raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens but the context is {limit} tokens, completion included: "
-            f"shorten it by {prompt_tokens - limit + 1} or more",
+            f"the prompt has {prompt_tokens} tokens but the context is {limit} tokens{included}: "
+            f"shorten it by {prompt_tokens - limit + least} or more",
             param,
             CONTEXT_LENGTH_EXCEEDED,
         )

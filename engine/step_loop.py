@@ -245,11 +245,15 @@ class StepLoop:
         landing, self._flight = self._flight, None
         if plan.rows:
             self._flight = self.parts.runner.launch(plan)
+            for sequence in self._flight.pooled:
+                self._scheduler.remove(sequence)  # whatever takes its room comes after this step
             for row in plan.rows:
                 self._prompt_tokens += max(0, min(row.end, row.sequence.prompt_tokens) - row.start)
         if landing is not None:
             for row, sampled in zip(landing.rows, landing.read(), strict=True):
                 self._advance(row.sequence, sampled)
+            for sequence in landing.pooled:
+                self._pooled(sequence)
             self._steps += 1
         self._last_step_seconds = time.perf_counter() - started
 
@@ -261,8 +265,8 @@ class StepLoop:
         if sequence.finished:
             return
         token = sampled.token_id
-        if token is None:
-            self._fail(sequence, _not_finite(sequence))
+        if token is None or not _land(sequence):
+            self._fail(sequence, _not_finite(sequence, f"logits of token {sequence.known}"))
             return
         sequence.read(token)
         self._generated_tokens += 1
@@ -284,6 +288,20 @@ class StepLoop:
             self._scheduler.remove(sequence)
             sequence.finished = True
             self._forget(sequence)
+
+    def _pooled(self, sequence: Sequence) -> None:
+        """Hand out an embedding: its only chunk. ``Engine.generate`` puts in what was read."""
+        if sequence.finished:
+            return
+        if not _land(sequence):
+            self._fail(sequence, _not_finite(sequence, "hidden states"))
+            return
+        sequence.finished = True
+        self._forget(sequence)
+        assert sequence.queue is not None
+        counts = (sequence.prompt_tokens, 0)
+        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="stop")
+        self._outbox.add(sequence.queue, chunk)
 
     def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
         """(text that the token brought, why the sequence is finished or None, what stopped it)."""
@@ -319,7 +337,8 @@ class StepLoop:
     def _abort(self, sequence: Sequence) -> None:
         if sequence.finished:
             return
-        if self._loads is None or not self._loads.drop(sequence):
+        loading = self._loads is not None and self._loads.drop(sequence)
+        if not loading and self._scheduler.has(sequence):  # not an embedding under way
             self._scheduler.remove(sequence)
         sequence.finished = True
         self._forget(sequence)
@@ -330,7 +349,7 @@ class StepLoop:
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End one request with an error; the others go on."""
-        if self._scheduler.has(sequence):  # not one whose adapter could not be loaded
+        if self._scheduler.has(sequence):  # not an embedding, nor one whose adapter could not be loaded
             self._scheduler.remove(sequence)
         sequence.finished = True
         self._forget(sequence)
@@ -366,8 +385,14 @@ class StepLoop:
             self._wake.notify()
 
 
-def _not_finite(sequence: Sequence) -> Exception:
-    where = f"the logits of token {sequence.known} are not finite"
+def _land(sequence: Sequence) -> bool:
+    """What it read of its prompt, if anything, is complete; returns False when that is not finite."""
+    reading, sequence.reading = sequence.reading, None
+    return reading is None or reading.land()
+
+
+def _not_finite(sequence: Sequence, what: str) -> Exception:
+    where = f"the {what} are not finite"
     if sequence.request.adapter is None:
         return GenerationFailed(f"{where}: the base model overflows in this dtype; try bfloat16 or float32")
     return AdapterRefused(
