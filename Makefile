@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: help serve test test-kernels test-rest test-gpu lint format clean
+.PHONY: help serve test test-kernels test-engine test-serve test-gpu lint format clean
 
 help:
 	@echo "make serve   run the server on $(CONFIG) (CONFIG=... for another)"
@@ -41,14 +41,20 @@ serve: $(VENV)/.serve
 	$(BIN)/python -m deployments.check $(CONFIG)
 	$(BIN)/python -m deployments.run $(CONFIG)
 
-test: test-kernels test-rest
+test: test-kernels test-engine test-serve
 
+# Processes share the files of tests where nothing starts Ray.
+SHARED := -n auto --dist loadfile
 # The Triton kernels run in Triton's interpreter, which is chosen when triton is imported: a run of their own.
 test-kernels: $(VENV)/.dev
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/kernels $(SHARED) $(ARGS)
 
-test-rest: $(VENV)/.dev
-	RAY_AUTH_MODE=disabled $(PYTEST) tests --ignore=tests/kernels $(ARGS)
+ALONE := tests/engine tests/adapter_store tests/examples
+test-engine: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PYTEST) $(ALONE) $(SHARED) $(ARGS)
+
+test-serve: $(VENV)/.dev
+	RAY_AUTH_MODE=disabled $(PYTEST) tests --ignore=tests/kernels $(ALONE:%=--ignore=%) $(ARGS)
 
 # What a machine with a GPU runs beside the suite: the same kernel tests compiled, and tests/gpu. Compiling takes the
 # time, so many processes share it.

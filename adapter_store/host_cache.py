@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -263,7 +264,7 @@ class HostCache:
 
         def worth(region: _Region) -> tuple[bool, float] | None:
             if region.packed is None:
-                return None if region.refs else (False, 0.0)
+                return None if region.refs else (False, -math.inf)
             if region.refs > loose.get(region.packed.digest, 0):
                 return None
             return region.refs > 0, self._eviction.value(region.packed.digest)

@@ -23,6 +23,7 @@ from huggingface_hub.utils import build_hf_headers, get_session
 from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, check_size
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest
 from adapter_store.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapter_store.progress import Progress
 from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
 from adapter_store.settings import StoreSettings
@@ -96,13 +97,15 @@ class HubClient:
         with get_session().stream("GET", url, headers=headers, timeout=limits.timeout_s) as response:
             if response.status_code != 200:
                 self._raise_for_status(name, ref, response.status_code, response.headers.get("Retry-After"))
-            check_size(name, file, int(response.headers.get("Content-Length") or 0), limit)
+            total = int(response.headers.get("Content-Length") or 0)
+            check_size(name, file, total, limit)
             size = 0
-            with target.open("wb") as out:
+            with target.open("wb") as out, Progress(f"fetching {file} of {ref}", total or None) as progress:
                 for chunk in response.iter_bytes(_CHUNK_BYTES):
                     size += len(chunk)
                     check_size(name, file, size, limit)
                     out.write(chunk)
+                    progress.advance(len(chunk))
                     if time.monotonic() > deadline:
                         raise AdapterUnavailable(
                             name, f"{file} of {ref} did not arrive within {limits.download_timeout_s:g} s"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, check_size
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapter_store.progress import Progress
 from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
 from adapter_store.schemes import EXTRAS, package_remedy, scheme_mistake
@@ -25,6 +26,7 @@ from adapter_store.source import AdapterRef
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+    from fsspec.callbacks import Callback
 
 T = TypeVar("T")
 _Info = Mapping[str, Any]
@@ -82,7 +84,10 @@ class ObjectClient:
             before = self._list(name, ref)
             check_size(name, WEIGHTS_FILE, before.weights_bytes or 0, limit)
             for file, most in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, limit)):
-                self._call(ref, "get_file", max(deadline - time.monotonic(), 0.01), file, str(folder / file))
+                left = max(deadline - time.monotonic(), 0.01)
+                total = before.weights_bytes if file == WEIGHTS_FILE else None
+                with Progress(f"fetching {file} of {ref.unpinned}", total) as progress:
+                    self._call(ref, "get_file", left, file, str(folder / file), callback=_told(progress))
                 check_size(name, file, (folder / file).stat().st_size, most)
             size = (folder / WEIGHTS_FILE).stat().st_size
             if self._list(name, ref) != before or before.weights_bytes not in {None, size}:
@@ -111,14 +116,15 @@ class ObjectClient:
             return None
         return info if info.get("type") == "file" else None
 
-    def _call(self, ref: AdapterRef, method: str, timeout_s: float, file: str, *args: Any) -> Any:
+    def _call(self, ref: AdapterRef, method: str, timeout_s: float, file: str, *args: Any, **options: Any) -> Any:
         """A file system's method on one of the adapter's files. Only asynchronous ones can be cut off."""
         system, url = self._system(ref), f"{ref.unpinned}/{file}"
         if not system.async_impl:
-            return getattr(system, method)(url, *args)
+            return getattr(system, method)(url, *args, **options)
         from fsspec.asyn import sync  # noqa: PLC0415
 
-        return sync(getattr(system, "loop"), getattr(system, f"_{method}"), url, *args, timeout=timeout_s)  # noqa: B009
+        loop, work = getattr(system, "loop"), getattr(system, f"_{method}")  # noqa: B009
+        return sync(loop, work, url, *args, timeout=timeout_s, **options)
 
     def _system(self, ref: AdapterRef) -> AbstractFileSystem:
         """The file system for ``ref``, opened anew when a credential in the environment was replaced."""
@@ -176,6 +182,20 @@ def _translate(name: str, ref: AdapterRef, error: Exception) -> NoReturn:
     if kind in _LASTING or isinstance(error, ValueError | TypeError):
         raise failure from None
     raise Passing(failure) from None
+
+
+def _told(progress: Progress) -> Callback:
+    """What file systems call as bytes arrive."""
+    from fsspec.callbacks import Callback  # noqa: PLC0415 - with the store's package, an extra
+
+    done = 0
+
+    def moved(size: int | None, value: int, **_: Any) -> None:
+        nonlocal done
+        progress.advance(value - done)
+        done = value
+
+    return Callback(hooks={"progress": moved})
 
 
 def _state(info: _Info) -> str | None:

@@ -195,7 +195,8 @@ class SlotPool:
         slot._copied = self._copies.start(packed, writes, behind=slot._last_read, done=done)
         slot.rank = packed.rank
         slot.loaded = True
-        self._eviction.added(packed.digest, packed.nbytes, packed.load_seconds)
+        # Alike in slots, whatever its size and source: each takes a slot of its class, and a copy brings it back.
+        self._eviction.added(packed.digest, 1, 1.0)
         self._changed()
 
     def settle(self) -> int:

@@ -71,6 +71,7 @@ class Gateway:
             args.max_model_len(),
             limits,
             AdapterMetrics(args.gateway.metric_adapters).count,
+            args.gateway.tool_format,
         )
         load_seconds = args.store_settings().hub_download_timeout_s
         self._admin = AdapterAdmin(self._directory, self._feed, ServedReplicas(replicas), load_seconds)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from adapter_store.settings import StoreSettings
 from deployments.api.service import ServiceLimits
+from deployments.api.tool_formats import ToolFormatName
 from deployments.routing.placement_policy import PlacementPolicy
 from deployments.scaling.decision import ScalingPolicy
 from engine.settings import EngineSettings
@@ -95,8 +96,9 @@ class GatewaySection(_LimitsSection):
 
     max_ongoing_requests: requests one gateway holds open; Serve queues the rest. admin: who may use /v1/adapters and
     vLLM's load and unload endpoints: clients of the same machine, everybody who can reach the server, nobody.
-    metric_adapters: adapters with a label of their own in metrics, see ``LabelCap``. resources: as in
-    ``ReplicaSection``.
+    metric_adapters: adapters with a label of their own in metrics, see ``LabelCap``. tool_format: how the
+    model writes down calls of functions, see ``tool_formats``; found out from its chat template when left out.
+    resources: as in ``ReplicaSection``.
     """
 
     num_replicas: int = Field(default=1, ge=1)
@@ -105,6 +107,7 @@ class GatewaySection(_LimitsSection):
     max_ongoing_requests: int = Field(default=1024, ge=1)
     admin: Annotated[Literal["loopback", "on", "off"], BeforeValidator(_on_or_off)] = "loopback"
     metric_adapters: int = Field(default=50, ge=0)
+    tool_format: ToolFormatName | None = None
 
 
 class AutoscalingSection(_ScalingSection):
@@ -283,7 +286,15 @@ class FleetSettings(_Section):
 
     def service_limits(self) -> ServiceLimits:
         """For one gateway."""
-        own = {"num_replicas", "num_cpus", "resources", "max_ongoing_requests", "admin", "metric_adapters"}
+        own = {
+            "num_replicas",
+            "num_cpus",
+            "resources",
+            "max_ongoing_requests",
+            "admin",
+            "metric_adapters",
+            "tool_format",
+        }
         return ServiceLimits(**self.gateway.model_dump(exclude=own))
 
     def scaling_policy(self) -> ScalingPolicy | None:

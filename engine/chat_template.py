@@ -61,6 +61,11 @@ class ChatTemplate:
             sources = dict(found) if isinstance(found, dict) else {one["name"]: one["template"] for one in found}
         return cls(sources, special_tokens, model)
 
+    @property
+    def text(self) -> str:
+        """All templates, for who looks for what they teach the model."""
+        return "\n".join(self._sources.values())
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -31,6 +31,7 @@ from engine.settings import EngineSettings
 from engine.spec import ModelSpec
 from engine.stats import EngineLoad, EngineStats
 from engine.step_loop import StepLoop
+from engine.step_meter import StepMeter
 from engine.text_stream import OutputText
 from engine.tokenizer import Tokenizer
 
@@ -165,6 +166,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine is doing now. Cheap; any thread."""
         return self._started().stats()
+
+    @property
+    def meter(self) -> StepMeter:
+        """What the step loop has counted. Read only; any thread."""
+        return self._started().meter
 
     @property
     def healthy(self) -> bool:

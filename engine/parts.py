@@ -15,6 +15,7 @@ from adapter_store.slots import Residency, SlotPool
 from adapter_store.store import AdapterStore
 from engine.kv_pages import PagePool
 from engine.lora_targets import adapter_layout
+from engine.memory_plan import page_bytes
 from engine.model import DecoderModel
 from engine.rehearsal import rehearse
 from engine.runner import Runner
@@ -91,7 +92,7 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
         _size(sum(target.nbytes for _, target in model.checkpoint_tensors())),
         _size(0 if slots is None else slots.arena.nbytes),
         ", ".join(f"{count} of rank {rank}" for rank, count in settings.slots) or "none",
-        _size(num_pages * _page_bytes(model, settings.page_size)),
+        _size(num_pages * page_bytes(spec, settings.page_size, dtype)),
         num_pages * settings.page_size,
         settings.page_size,
         _size(activation_bytes) if activation_bytes else "not measured",
@@ -152,23 +153,18 @@ def _adapters(
     return slots, store
 
 
-def _page_bytes(model: DecoderModel, page_size: int) -> int:
-    spec = model.spec
-    return 2 * spec.num_layers * page_size * spec.kv_size * model.dtype.itemsize
-
-
 def _num_pages(settings: EngineSettings, model: DecoderModel, max_model_len: int, activation_bytes: int) -> int:
     """The setting, else what fits: never more than every row can use, on a CPU at most 1 GiB."""
     if settings.num_pages is not None:
         return settings.num_pages
-    page_bytes = _page_bytes(model, settings.page_size)
+    size = page_bytes(model.spec, settings.page_size, model.dtype)
     one_context = -(-max_model_len // settings.page_size)
     if model.device.type == "cpu":
-        room = max(_CPU_KV_BYTES // page_bytes, one_context)
+        room = max(_CPU_KV_BYTES // size, one_context)
     else:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(model.device)
-        room = int((free - activation_bytes) * settings.kv_memory_fraction) // page_bytes
+        room = int((free - activation_bytes) * settings.kv_memory_fraction) // size
         if room < 1:
             raise ValueError(
                 f"no GPU memory is left for the KV cache: of {_size(total)}, {_size(free)} are free after weights and "

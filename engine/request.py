@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length", "abort"]
 Pooling = Literal["mean", "last"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # OpenAI's name
+MOST_BIASES = 1024
 _INT64 = 2**63 - 1  # what a step's tensors hold
 
 
@@ -41,6 +43,28 @@ class GenerationFailed(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole completion must be; whether ``text`` can be read as such is for ``engine.grammar`` to say.
+
+    text: nothing for json_object (any JSON object); for json_schema the schema as JSON; for choice a JSON list of
+    strings; for regex and lark an expression in llguidance's dialect.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise InvalidRequest(
+                f"grammar is of kind {self.kind!r}, not one of {', '.join(get_args(GrammarKind))}", "grammar"
+            )
+        if not isinstance(self.text, str):
+            raise InvalidRequest(
+                f"the {self.kind} grammar is a {type(self.text).__name__} but must be a string", "grammar"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
 
@@ -48,6 +72,12 @@ class SamplingParams:
     likely token. seed: None draws one. max_tokens: None fills the context. stop: strings, cut from the text.
     logprobs: None for none, n >= 0 for the chosen token and the n likeliest, from the raw logits. prompt_logprobs: the
     same of the prompt's tokens; the prompt is computed whole then, whatever the prefix cache holds.
+
+    What follows changes the logits before all of that, in this order. repetition_penalty: those of tokens in the prompt
+    or generated are divided by it where positive, multiplied where negative (Keskar et al., "CTRL", 2019; as Hugging
+    Face). frequency_penalty times how often a token was generated, and presence_penalty once it was, are taken off its
+    logit, and logit_bias, pairs of token id and bias, is added (as OpenAI). min_tokens: no end of sequence and none of
+    stop_token_ids before so many tokens. grammar: the completion is of this form, and ends where it is complete.
     """
 
     temperature: float = 1.0
@@ -61,8 +91,15 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
+        most = self.max_tokens if isinstance(self.max_tokens, int) else None
         for name, ok, allowed in (
             ("temperature", _number(self.temperature, 0.0, 100.0), "between 0 and 100"),
             ("top_k", _integer(self.top_k, 0, _INT64), "0 (keep all) or more, and below 2**63"),
@@ -78,9 +115,32 @@ class SamplingParams:
                 self.prompt_logprobs is None or _integer(self.prompt_logprobs, 0, 20),
                 "an integer between 0 and 20",
             ),
+            ("presence_penalty", _number(self.presence_penalty, -2.0, 2.0), "between -2 and 2"),
+            ("frequency_penalty", _number(self.frequency_penalty, -2.0, 2.0), "between -2 and 2"),
+            (
+                "repetition_penalty",
+                _number(self.repetition_penalty, 0.0, 10.0) and self.repetition_penalty > 0.0,
+                "above 0 and at most 10",
+            ),
+            ("min_tokens", _integer(self.min_tokens, 0, most), "an integer between 0 and max_tokens"),
+            ("grammar", self.grammar is None or isinstance(self.grammar, Grammar), "a Grammar"),
         ):
             if not ok:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r} but must be {allowed}", name)
+        self._check_biases()
+
+    def _check_biases(self) -> None:
+        if not isinstance(self.logit_bias, tuple) or len(self.logit_bias) > MOST_BIASES:
+            raise InvalidRequest(f"logit_bias must be at most {MOST_BIASES} pairs of token id and bias", "logit_bias")
+        for entry in self.logit_bias:
+            pair = isinstance(entry, tuple) and len(entry) == 2
+            if not (pair and _integer(entry[0], 0, _INT64) and _number(entry[1], -100.0, 100.0)):
+                raise InvalidRequest(
+                    f"logit_bias holds {entry!r} but must hold token ids, each with a bias between -100 and 100",
+                    "logit_bias",
+                )
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise InvalidRequest("logit_bias names a token twice: send one bias for each", "logit_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +174,9 @@ class GenerationRequest:
         sampling = dict(values.pop("sampling"))
         for name in ("stop", "stop_token_ids"):
             sampling[name] = tuple(sampling[name])
+        sampling["logit_bias"] = tuple((token, bias) for token, bias in sampling.get("logit_bias", ()))
+        grammar = sampling.get("grammar")
+        sampling["grammar"] = None if grammar is None else Grammar(**grammar)
         values["prompt_token_ids"] = tuple(values["prompt_token_ids"])
         return cls(sampling=SamplingParams(**sampling), **values)
 
@@ -138,14 +201,28 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went in its engine, in seconds, one after the other.
+
+    adapter_s: until its adapter was at hand. queue_s: until its first step. prefill_s: until its first token was read.
+    decode_s: until its last one was.
+    """
+
+    adapter_s: float
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationChunk:
     """What a request produced since its last chunk. ``finish_reason`` is set on the last one only.
 
     ``text`` never holds part of a stop string, and ends in a broken character only where the completion does.
     Counts are totals so far. ``stop_reason`` is the stop string or stop token id that ended it, None for
-    end-of-sequence or length. ``prompt_logprobs``, where asked for, come with the first chunk, for every token of the
-    prompt; None is the first one's, which follows nothing. ``embedding``, where asked for, is all that its one chunk
-    brings: (hidden_size,), fp32 values, not normalised.
+    end-of-sequence or length. ``timings`` comes with the last chunk. ``prompt_logprobs``, where asked for, come with
+    the first one, for every token of the prompt; None is the first token's, which follows nothing. ``embedding``, where
+    asked for, is all that its one chunk brings: (hidden_size,), fp32 values, not normalised.
     """
 
     request_id: str
@@ -156,6 +233,7 @@ class GenerationChunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    timings: Timings | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     embedding: tuple[float, ...] | None = None
 
@@ -170,6 +248,7 @@ class GenerationChunk:
             self.logprobs + later.logprobs,
             later.finish_reason,
             later.stop_reason,
+            later.timings,
             self.prompt_logprobs + later.prompt_logprobs,
             self.embedding or later.embedding,
         )
@@ -179,6 +258,7 @@ class GenerationChunk:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # asdict copies leaf by leaf
         for name in ("logprobs", "prompt_logprobs"):
             values[name] = [None if p is None else _plain(p) for p in values[name]]
+        values["timings"] = None if self.timings is None else asdict(self.timings)
         return values
 
     @classmethod
@@ -190,6 +270,8 @@ class GenerationChunk:
             values[name] = tuple(None if p is None else TokenLogprob.from_dict(p) for p in values[name])
         if values["embedding"] is not None:
             values["embedding"] = tuple(values["embedding"])
+        timings = values.get("timings")
+        values["timings"] = None if timings is None else Timings(**timings)
         return cls(**values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ class Sequence:
     preempted: it ran before and waits again. age: admissions of other tenants' later arrivals while it was the first of
     its tenant. overtaken: admissions of those behind it in the order while it had no slot to go to. draining: the
     digest that its starvation keeps from being admitted again, so that a slot comes free. waits_since: when it was
-    queued last (monotonic seconds).
+    queued last (monotonic seconds). arrived_at, queued_at, first_step_at, first_token_at: when it came, and when it
+    first got there, 0 until then. drawn_at: when its last token was read.
     """
 
     request: GenerationRequest
@@ -60,6 +62,11 @@ class Sequence:
     overtaken: int = 0
     draining: str | None = None
     waits_since: float = 0.0
+    arrived_at: float = field(default_factory=time.monotonic)
+    queued_at: float = 0.0
+    first_step_at: float = 0.0
+    first_token_at: float = 0.0
+    drawn_at: float = 0.0
     finished: bool = False
 
     def __post_init__(self) -> None:

@@ -36,8 +36,9 @@ class EngineSettings:
     brought here from elsewhere at the same time, at most a quarter of them of one owner (a Hub organisation, a bucket).
     max_overtakes: requests that may pass one that waits for an adapter slot before a slot is drained for it, and the
     first one that waits of a tenant before it is first of all.
-    eviction: which adapter leaves a slot or host memory for another: "lru" the one not used for longest, "cost" by its
-    uses, its size and how long it took to load. Pinned ones never do.
+    eviction: which adapter leaves a slot or host memory for another: "cost" the one used least, where uses fade with
+    time, and in host memory also what is large for the time it took to load; "lru" the one not used for longest. Pinned
+    ones never do.
     input_weight, output_weight: what a token of a prompt and a generated one count for the tenant; who has had least is
     next. tenant_weights: shares of tenants that are to get more (or less) than 1. A tenant is what a request says, else
     its adapter's name.
@@ -70,7 +71,7 @@ class EngineSettings:
     load_threads: int = 4
     download_threads: int = 32
     max_overtakes: int = 64
-    eviction: EvictionName = "lru"
+    eviction: EvictionName = "cost"
     input_weight: float = 1.0
     output_weight: float = 2.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)

@@ -31,6 +31,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
 from engine.stats import MOST_TENANTS, EngineLoad, EngineStats
+from engine.step_meter import StepMeter, timings
 
 _log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 1e-3
@@ -82,8 +83,7 @@ class StepLoop:
         self._inbox: list[Callable[[], None]] = []
         self._sequences: dict[str, Sequence] = {}
         self._ended: EngineDead | None = None
-        self._prompt_tokens = self._generated_tokens = self._steps = 0
-        self._last_step_seconds = 0.0
+        self.meter = StepMeter()
 
     @property
     def healthy(self) -> bool:
@@ -178,10 +178,10 @@ class StepLoop:
             slot_evictions=0 if slots is None else slots.evictions,
             preemptions=scheduler.preemptions,
             reused_tokens=scheduler.reused_tokens,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            steps=self._steps,
-            last_step_seconds=self._last_step_seconds,
+            prompt_tokens=self.meter.prompt_tokens,
+            generated_tokens=self.meter.generated_tokens,
+            steps=self.meter.steps,
+            last_step_seconds=self.meter.last_step_seconds,
         )
 
     def _prefetches(self) -> int:
@@ -236,7 +236,7 @@ class StepLoop:
 
     def _step(self) -> None:
         """Launch the next step, then read the one before it: the device has work while its results are handed out."""
-        started = time.perf_counter()
+        started = time.monotonic()
         plan = self._scheduler.plan()
         assert plan.rows or self._flight or not self._scheduler.waiting, "requests wait although nothing runs"
         for sequence in plan.reload:
@@ -247,15 +247,15 @@ class StepLoop:
             self._flight = self.parts.runner.launch(plan)
             for sequence in self._flight.pooled:
                 self._scheduler.remove(sequence)  # whatever takes its room comes after this step
-            for row in plan.rows:
-                self._prompt_tokens += max(0, min(row.end, row.sequence.prompt_tokens) - row.start)
+        self.meter.launched(plan, started)
         if landing is not None:
-            for row, sampled in zip(landing.rows, landing.read(), strict=True):
+            drawn = landing.read()
+            self.meter.landed(landing.rows, time.monotonic())
+            for row, sampled in zip(landing.rows, drawn, strict=True):
                 self._advance(row.sequence, sampled)
             for sequence in landing.pooled:
                 self._pooled(sequence)
-            self._steps += 1
-        self._last_step_seconds = time.perf_counter() - started
+        self.meter.last_step_seconds = time.monotonic() - started
 
     def _advance(self, sequence: Sequence, sampled: SampledToken) -> None:
         """Add a drawn token to its sequence, see whether that ends it, and hand out the chunk.
@@ -269,7 +269,7 @@ class StepLoop:
             self._fail(sequence, _not_finite(sequence, f"logits of token {sequence.known}"))
             return
         sequence.read(token)
-        self._generated_tokens += 1
+        self.meter.generated_tokens += 1
         text, reason, stop = self._finish_check(sequence, token)
         request = sequence.request
         chunk = GenerationChunk(
@@ -281,6 +281,7 @@ class StepLoop:
             () if request.sampling.logprobs is None else (self._logprob(token, sampled),),
             reason,
             stop,
+            None if reason is None else timings(sequence, sequence.drawn_at),
         )
         assert sequence.queue is not None
         self._outbox.add(sequence.queue, chunk)
@@ -299,8 +300,8 @@ class StepLoop:
         sequence.finished = True
         self._forget(sequence)
         assert sequence.queue is not None
-        counts = (sequence.prompt_tokens, 0)
-        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="stop")
+        counts, spent = (sequence.prompt_tokens, 0), timings(sequence, time.monotonic())
+        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="stop", timings=spent)
         self._outbox.add(sequence.queue, chunk)
 
     def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
@@ -344,7 +345,8 @@ class StepLoop:
         self._forget(sequence)
         assert sequence.queue is not None
         counts = (sequence.prompt_tokens, sequence.completion_tokens)
-        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="abort")
+        spent = timings(sequence, time.monotonic())
+        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="abort", timings=spent)
         self._outbox.add(sequence.queue, chunk)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:

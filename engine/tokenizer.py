@@ -28,7 +28,7 @@ class Tokenizer:
 
     name: the model's folder, for messages. vocab_size: ids that decode, added tokens included.
     eos_token_ids: generation_config.json's (config.json's without one), and the tokenizer's own ``eos_token``.
-    special_tokens: ``bos_token`` and so on, those that are set.
+    special_tokens: ``bos_token`` and so on, those that are set. template: what chats are rendered with.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Tokenizer:
         name: str,
     ) -> None:
         self._backend = backend
-        self._template = template
+        self.template = template
         self._token_texts: dict[int, str] = {}
         self._most_bytes_per_token = most_bytes_per_token(backend)
         self.special_tokens = dict(special_tokens)
@@ -133,9 +133,13 @@ class Tokenizer:
         content = self._backend.id_to_token(token_id)
         return None if content is None else raw_bytes(self._backend, content)
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, with the tokens that only other files name."""
+        return self._backend.to_str()
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The chat template's text: see ``ChatTemplate.render`` for the options and errors."""
-        return self._template.render(messages, **options)
+        return self.template.render(messages, **options)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], most_tokens: int | None = None, /, **options: Any

@@ -50,6 +50,7 @@ class WaitingQueue:
                 self._counters.lift(sequence.tenant, self._tenants)
             line = self._tenants[sequence.tenant] = []
         sequence.waits_since = time.monotonic()
+        sequence.queued_at = sequence.queued_at or sequence.waits_since
         insort(line, sequence, key=_in_line)
         self._size += 1
         self.changes += 1

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adapter_store.progress import Progress
 from engine.model import DecoderModel
 
 SINGLE_FILE = "model.safetensors"
@@ -34,21 +35,13 @@ def load_weights(model: DecoderModel, path: str | Path) -> None:
     files, shard_of = _checkpoint_files(folder)
     targets = dict(model.checkpoint_tensors())
     found: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt", device="cpu") as stored:
-                for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name in found:
-                        raise CheckpointError(f"tensor {name} is stored in both {found[name]} and {file}")
-                    found[name] = file
-                    if name in targets:
-                        _copy(stored.get_tensor(name), targets[name], name, file)
-                    elif not _may_be_left(name, model):
-                        raise CheckpointError(
-                            f"{file} holds tensor {name}, which the {model.spec.architecture} of its config.json lacks"
-                        )
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    with Progress(f"loading {model.spec.name}", total) as progress:
+        for file in files:
+            try:
+                _load_file(model, file, targets, found, progress)
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
     missing = [name for name in targets if name not in found]
     if missing:
         where = folder / shard_of.get(missing[0], SINGLE_FILE)
@@ -69,6 +62,25 @@ def random_weights(model: DecoderModel, seed: int) -> None:
             target.fill_(1.0)
         else:
             target.normal_(0.0, 0.02, generator=generator)
+
+
+def _load_file(
+    model: DecoderModel, file: Path, targets: Mapping[str, Tensor], found: dict[str, Path], progress: Progress
+) -> None:
+    """found: takes each tensor's name with the file that holds it."""
+    with safe_open(file, framework="pt", device="cpu") as stored:
+        for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if name in found:
+                raise CheckpointError(f"tensor {name} is stored in both {found[name]} and {file}")
+            found[name] = file
+            if name in targets:
+                tensor = stored.get_tensor(name)
+                _copy(tensor, targets[name], name, file)
+                progress.advance(tensor.nbytes)
+            elif not _may_be_left(name, model):
+                raise CheckpointError(
+                    f"{file} holds tensor {name}, which the {model.spec.architecture} of its config.json lacks"
+                )
 
 
 def _checkpoint_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:

@@ -6,8 +6,13 @@ that would now and then change the winner.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.logit_changes import LogitChanges
 
 _LOW32 = 0xFFFFFFFF
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -22,8 +27,18 @@ def sample_with_logprob(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    changes: LogitChanges | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token ids (rows,) int64 and their raw log probabilities (rows,) fp32; see ``kernels.sampling``."""
+    if changes is not None and bool((changes.places >= 0).any()):
+        seen = changed_logits(logits, changes)
+        tokens, _ = sample_with_logprob(seen, temperature, top_k, top_p, min_p, seed, position)
+        rows = torch.nonzero(changes.places >= 0).flatten()
+        changes.state.counts.index_put_(
+            (changes.places[rows].long(), tokens[rows]), torch.full_like(changes.places[rows], 2), accumulate=True
+        )
+        logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None]).squeeze(1)
+        return tokens, logprobs.masked_fill(seen.amax(-1) == float("-inf"), float("nan"))
     tokens = logits.argmax(dim=-1)
     drawn = torch.nonzero(temperature > 0).flatten()
     if drawn.numel():
@@ -32,6 +47,30 @@ def sample_with_logprob(
         tokens.index_copy_(0, _to(drawn, logits.device), chosen)
     logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None]).squeeze(1)
     return tokens, logprobs
+
+
+def changed_logits(logits: Tensor, changes: LogitChanges) -> Tensor:
+    """A copy (rows, vocab) fp32 of ``logits``, changed where a row has a place; see ``LogitChanges.write``."""
+    vocab, state = logits.shape[1], changes.state
+    rows = torch.nonzero(changes.places >= 0).flatten()
+    places = changes.places[rows].long()
+    repetition, frequency, presence = (state.penalties[places, which, None].double() for which in range(3))
+    counts = state.counts[places]
+    times = counts >> 1
+    raw = logits[rows].double()
+    picked = torch.where(counts != 0, torch.where(raw > 0, raw / repetition, raw * repetition), raw)
+    picked = picked - frequency * times - torch.where(times > 0, presence, 0.0)
+    # A row without penalties has no counts.
+    penalised = (repetition != 1) | (frequency != 0) | (presence != 0)
+    picked = torch.where(penalised, picked, raw).float()
+    bits = torch.arange(32, device=logits.device, dtype=torch.int32)
+    mask_rows = changes.mask_rows[rows].long()
+    allowed = ((state.masks[mask_rows.clamp(min=0), :, None] >> bits) & 1).flatten(1)[:, :vocab] != 0
+    picked = picked.masked_fill(~(allowed | (mask_rows < 0)[:, None]), float("-inf"))
+    biased = torch.nonzero(state.bias_ids[places] >= 0)
+    tokens = state.bias_ids[places[biased[:, 0]], biased[:, 1]].long()
+    picked[biased[:, 0], tokens] += state.biases[places[biased[:, 0]], biased[:, 1]]
+    return logits.float().index_copy(0, rows, picked)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels import reference_sampling
 from kernels.dispatch import launchable, triton, use_triton
+from kernels.logit_changes import LogitChanges
 from kernels.reference_sampling import gumbel_noise, philox4x32
 from kernels.sampling_kernels import chunk_kernel, draw_kernel, finish_kernel, splitters_kernel
 from kernels.sampling_row import CHUNK, CHUNKS, WORDS_PER_CHUNK
@@ -54,11 +55,12 @@ def sample_with_logprob(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    changes: LogitChanges | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token id per row, (rows,) int64, and its natural-log probability (rows,) fp32, on the logits' device.
 
-    The probability is that of the raw logits, before temperature and any filter. It is NaN exactly where the row's
-    logits hold NaN or +inf, or nothing but -inf: the token is then of no use.
+    The probability is that of the raw logits, before temperature, any filter and any change. It is NaN exactly where
+    the row's logits hold NaN or +inf, or nothing but -inf, as they are or as changed: the token is then of no use.
 
     logits: (rows, vocab) fp32, bf16 or fp16, last dim contiguous; -inf bars a token. The others are (rows,):
     temperature float, 0 takes the likeliest token (the lowest id among equals);
@@ -66,6 +68,7 @@ def sample_with_logprob(
     top_p float, keeps the likeliest tokens until their mass, after temperature and top-k, reaches p; 1 keeps all;
     min_p float, drops tokens less likely than min_p times the likeliest; 0 keeps all;
     seed int64, all 64 bits count; position int64, that of the token to be drawn.
+    changes: what is done to the logits first; tokens that such rows draw are counted in its state.
 
     The parameters may lie on the CPU while the logits lie on a GPU: then nothing waits for the device.
     Raises ValueError when a parameter has another shape than (rows,) or a row is not contiguous.
@@ -84,10 +87,12 @@ def sample_with_logprob(
             raise ValueError(f"{name} is {tuple(values.shape)} but logits have {rows} rows: pass ({rows},)")
     if logits.stride(1) != 1:
         raise ValueError(f"logits have strides {logits.stride()}; the last dim must be contiguous")
+    if changes is not None and not changes.places.shape == changes.mask_rows.shape == (rows,):
+        raise ValueError(f"changes are of {changes.places.shape[0]} rows but logits have {rows}")
     if not use_triton(logits):
-        return reference_sampling.sample_with_logprob(logits, *parameters.values())
+        return reference_sampling.sample_with_logprob(logits, *parameters.values(), changes=changes)
     on_device = (values.to(logits.device, non_blocking=True).contiguous() for values in parameters.values())
-    return _Draw(logits, *on_device).run()
+    return _Draw(logits, *on_device, changes=changes).run()
 
 
 def log_probs(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +137,7 @@ class _Draw:
         seed: Tensor,
         position: Tensor,
         *,
+        changes: LogitChanges | None = None,
         tiles: _Tiles = _TILES,
     ) -> None:
         self.rows, self.vocab = logits.shape
@@ -149,12 +155,19 @@ class _Draw:
         self._min_p = min_p
         self._random = (logits, row_stride, temperature, seed, position, self.ints, floats)
         self._workspace = (self.ints, floats)
-        self._sizes = {"WIDTH": width, "BLOCK_C": block_c}
+        self._changes = changes
+        # Without changes nothing is read of what stands in for them.
+        self._counts = self.ints if changes is None else changes.state.counts
+        places, changed = (self.ints, floats) if changes is None else (changes.places, changes.state.changed)
+        self._source = (places, changed)
+        self._given = {"WIDTH": width, "BLOCK_C": block_c, "CHANGED": changes is not None}
         self._tiles = tiles
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Tokens and log probabilities."""
         if self.rows:
+            if self._changes is not None:
+                self._changes.write(self._filtered[0])
             self.mark()
             self.scan()
             self.cut()
@@ -164,12 +177,14 @@ class _Draw:
 
     def mark(self) -> None:
         """Marks for the rows that are filtered."""
-        self._launch(splitters_kernel, *self._filtered, self.ints, self.vocab, warps=8, WIDTH=self._sizes["WIDTH"])
+        self._launch(splitters_kernel, *self._filtered, self.ints, self.vocab, warps=8, WIDTH=self._given["WIDTH"])
 
     def scan(self) -> None:
         """Chunk by chunk: maximum, sum of exponentials, and what lies above each mark."""
         warps = self._tiles.chunk_warps
-        self._launch(chunk_kernel, *self._filtered, *self._workspace, self.vocab, warps=warps, **self._sizes)
+        self._launch(
+            chunk_kernel, *self._filtered, *self._workspace, *self._source, self.vocab, warps=warps, **self._given
+        )
 
     def cut(self, capacity: int = _BIN_CAPACITY) -> None:
         """The threshold of each row, LOWEST and LAST. capacity: tokens of a bin that can be copied out of its row."""
@@ -185,20 +200,22 @@ class _Draw:
             copied,
             ids,
             capacity,
+            *self._source,
             self.vocab,
             warps=self._tiles.threshold_warps,
             GATHER=self._tiles.copy,
             TILE=self._tiles.search,
-            **self._sizes,
+            **self._given,
         )
 
     def draw(self) -> None:
         """The winner of each chunk."""
-        self._launch(draw_kernel, *self._random, self.vocab, warps=self._tiles.draw_warps, **self._sizes)
+        self._launch(draw_kernel, *self._random, *self._source, self.vocab, warps=self._tiles.draw_warps, **self._given)
 
     def finish(self) -> None:
         """The winner of each row and its log probability."""
-        self._launch(finish_kernel, *self._random, self.tokens, self.logprobs, self.vocab, warps=1, **self._sizes)
+        results = (self.tokens, self.logprobs, *self._source, self._counts)
+        self._launch(finish_kernel, *self._random, *results, self.vocab, warps=1, **self._given)
 
     def _launch(self, kernel: Any, *arguments: Any, warps: int, **constants: int) -> None:
         grid = (self.rows, self.chunks) if kernel in (chunk_kernel, draw_kernel) else (self.rows,)

@@ -13,6 +13,9 @@ Five launches, sized by shapes alone. What a row needs is decided on the device 
 All filters keep a head of the row's order (logit descending, id ascending), so what is kept is a threshold and an id:
 logits above the threshold, and those equal to it up to that id. Logits are compared through ``image_of``.
 
+A row whose logits were changed (``kernels.logit_changes``) is drawn from the changed ones. Its sum of exponentials is
+the raw row's, and so are its marks, which are as right.
+
 Chunks and tiles depend on the vocabulary alone, and every sum runs in a fixed order, so a row's result does not depend
 on the batch around it. Results go from launch to launch through a workspace, ``WIDTH`` words a row: ``ints`` and
 ``floats`` are two views of it.
@@ -33,13 +36,16 @@ from kernels.sampling_row import (
     LOWEST_FINITE,
     MARGIN,
     MARKS,
+    RAW_TOP,
     SAMPLE,
     STRIP,
     TOP,
+    changed_row,
     image_of,
     is_drawn,
     is_ranked,
     log2_scale,
+    logits_at,
     number_of,
 )
 
@@ -99,41 +105,110 @@ def splitters_kernel(logits, row_stride, temperature, top_k, top_p, ints, vocab,
         tl.store(ints + row * WIDTH + mark, found)
 
 
+@jit
+def _note_largest(x, ids, chunk, ints, floats, vocab, BLOCK_C: tl.constexpr):
+    """Leave a chunk's largest logit and its id; returns what the chunk's masses are relative to."""
+    top = tl.max(x, 0)
+    place = chunk + CHUNKS
+    tl.store(floats + place, top)
+    tl.store(ints + place + BLOCK_C, tl.min(tl.where(x == top, ids, vocab), 0))
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@jit
+def _tally_chunk(start, base, chunk, scale, ints, floats, vocab, BLOCK_C: tl.constexpr):
+    """Leave how many tokens and how much mass of a chunk lie at or above each mark."""
+    mark = tl.arange(0, MARKS)
+    marks = number_of(tl.load(ints + mark))
+    counts = tl.zeros((MARKS, STRIP), tl.float32)
+    masses = tl.zeros((MARKS, STRIP), tl.float32)
+    for first in range(0, CHUNK, STRIP):
+        strip = chunk * CHUNK + first + tl.arange(0, STRIP)
+        part = tl.load(start + strip, mask=strip < vocab, other=float("-inf")).to(tl.float32)
+        above = (part[None, :] >= marks[:, None]).to(tl.float32)
+        counts += above
+        masses += above * tl.exp2((part - base) * scale)[None, :]
+    bins = chunk * MARKS + mark + (CHUNKS + 5 * BLOCK_C)
+    tl.store(ints + bins, tl.sum(counts, 1).to(tl.int32))
+    tl.store(floats + bins + BLOCK_C * MARKS, tl.sum(masses, 1))
+
+
+# Here and in draw_kernel a changed row takes a branch of its own, loads and all: these have another type and alignment,
+# so another layout, and a plain row would pay for moving between the two.
 @jit(do_not_specialize=["vocab"])
 def chunk_kernel(
-    logits, row_stride, temperature, top_k, top_p, ints, floats, vocab, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr
+    logits,
+    row_stride,
+    temperature,
+    top_k,
+    top_p,
+    ints,
+    floats,
+    places,
+    changed,
+    vocab,
+    CHANGED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Grid (rows, chunks). Masses are relative to the chunk's largest logit."""
+    """Grid (rows, chunks). Masses are relative to the chunk's largest logit. The sum is of the raw logits."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     start = logits + row * row_stride
+    is_changed, changed = changed_row(places, changed, row, vocab, CHANGED)
     ints += row * WIDTH
     floats += row * WIDTH
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(start + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    place = chunk + CHUNKS
-    tl.store(floats + place, top)
-    tl.store(ints + place + BLOCK_C, tl.min(tl.where(x == top, ids, vocab), 0))
-    tl.store(floats + place + 2 * BLOCK_C, tl.sum(tl.exp(x - base), 0))
+    tl.store(floats + chunk + CHUNKS + 4 * BLOCK_C, top)
+    raw_base = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(floats + chunk + CHUNKS + 2 * BLOCK_C, tl.sum(tl.exp(x - raw_base), 0))
     warmth = tl.load(temperature + row)
     k = tl.load(top_k + row)
-    if is_drawn(warmth, k) & is_ranked(k, tl.load(top_p + row), vocab):
-        mark = tl.arange(0, MARKS)
-        marks = number_of(tl.load(ints + mark))
-        scale = log2_scale(warmth)
-        counts = tl.zeros((MARKS, STRIP), tl.float32)
-        masses = tl.zeros((MARKS, STRIP), tl.float32)
-        for first in range(0, CHUNK, STRIP):
-            strip = chunk * CHUNK + first + tl.arange(0, STRIP)
-            part = tl.load(start + strip, mask=strip < vocab, other=float("-inf")).to(tl.float32)
-            above = (part[None, :] >= marks[:, None]).to(tl.float32)
-            counts += above
-            masses += above * tl.exp2((part - base) * scale)[None, :]
-        bins = chunk * MARKS + mark + (CHUNKS + 4 * BLOCK_C)
-        tl.store(ints + bins, tl.sum(counts, 1).to(tl.int32))
-        tl.store(floats + bins + BLOCK_C * MARKS, tl.sum(masses, 1))
+    ranked = is_drawn(warmth, k) & is_ranked(k, tl.load(top_p + row), vocab)
+    scale = log2_scale(warmth)
+    if is_changed:
+        y = tl.load(changed + ids, mask=ids < vocab, other=float("-inf"))
+        base = _note_largest(y, ids, chunk, ints, floats, vocab, BLOCK_C)
+        if ranked:
+            _tally_chunk(changed, base, chunk, scale, ints, floats, vocab, BLOCK_C)
+    else:
+        base = _note_largest(x, ids, chunk, ints, floats, vocab, BLOCK_C)
+        if ranked:
+            _tally_chunk(start, base, chunk, scale, ints, floats, vocab, BLOCK_C)
+
+
+@jit
+def _winner(start, chunk, top, lowest, last, warmth, seed, position, vocab):
+    """The id of the chunk's winner among the logits from ``start`` on, -1 if it has none."""
+    winner = -1
+    ids = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(start + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    kept = (image_of(x) > lowest) | ((image_of(x) == lowest) & (ids <= last))
+    block = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
+    w0, w1, w2, w3 = _random_words(seed, position, block)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    scaled = (x - top) * tl.minimum(1.0 / warmth, 1e30).to(tl.float32)
+    score = tl.where(kept, scaled + quick_noise(words), float("-inf"))
+    best = tl.max(score, 0)
+    # The likeliest token is always kept and scores above -3.2, and noise stays below 22.9: lower is lost.
+    if best > -30.0:
+        winner = tl.min(tl.where(score == best, ids, vocab), 0)
+        if tl.sum((score >= best - MARGIN).to(tl.int32), 0) > 1:
+            record = float("-inf") + 0 * warmth
+            for first in range(0, CHUNK, STRIP):
+                strip = chunk * CHUNK + first + tl.arange(0, STRIP)
+                part = tl.load(start + strip, mask=strip < vocab, other=float("-inf"))
+                part = part.to(tl.float32)
+                stays = (image_of(part) > lowest) | ((image_of(part) == lowest) & (strip <= last))
+                word = _random_word(seed, position, strip)
+                exact = tl.where(stays, _exact_score(part, top, warmth, word), float("-inf"))
+                highest = tl.max(exact, 0)
+                if highest > record:
+                    record = highest
+                    winner = tl.min(tl.where(exact == highest, strip, vocab), 0)
+    return winner
 
 
 @jit(do_not_specialize=["vocab"])
@@ -145,7 +220,10 @@ def draw_kernel(
     position,
     ints,
     floats,
+    places,
+    changed,
     vocab,
+    CHANGED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -164,31 +242,14 @@ def draw_kernel(
             last = tl.load(ints + LAST)
             top = tl.load(floats + TOP)
             warmth = tl.load(temperature + row).to(tl.float64)
-            ids = chunk * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-            kept = (image_of(x) > lowest) | ((image_of(x) == lowest) & (ids <= last))
-            block = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
-            w0, w1, w2, w3 = _random_words(tl.load(seed + row), tl.load(position + row), block)
-            words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-            scaled = (x - top) * tl.minimum(1.0 / warmth, 1e30).to(tl.float32)
-            score = tl.where(kept, scaled + quick_noise(words), float("-inf"))
-            best = tl.max(score, 0)
-            # The likeliest token is always kept and scores above -3.2, and noise stays below 22.9: lower is lost.
-            if best > -30.0:
-                winner = tl.min(tl.where(score == best, ids, vocab), 0)
-                if tl.sum((score >= best - MARGIN).to(tl.int32), 0) > 1:
-                    record = float("-inf") + 0 * warmth
-                    for first in range(0, CHUNK, STRIP):
-                        strip = chunk * CHUNK + first + tl.arange(0, STRIP)
-                        part = tl.load(logits + row * row_stride + strip, mask=strip < vocab, other=float("-inf"))
-                        part = part.to(tl.float32)
-                        stays = (image_of(part) > lowest) | ((image_of(part) == lowest) & (strip <= last))
-                        word = _random_word(tl.load(seed + row), tl.load(position + row), strip)
-                        exact = tl.where(stays, _exact_score(part, top, warmth, word), float("-inf"))
-                        highest = tl.max(exact, 0)
-                        if highest > record:
-                            record = highest
-                            winner = tl.min(tl.where(exact == highest, strip, vocab), 0)
+            key = tl.load(seed + row)
+            counter = tl.load(position + row)
+            is_changed, changed = changed_row(places, changed, row, vocab, CHANGED)
+            if is_changed:
+                winner = _winner(changed, chunk, top, lowest, last, warmth, key, counter, vocab)
+            else:
+                start = logits + row * row_stride
+                winner = _winner(start, chunk, top, lowest, last, warmth, key, counter, vocab)
     tl.store(ints + CHUNKS + 3 * BLOCK_C + chunk, winner)
 
 
@@ -203,13 +264,18 @@ def finish_kernel(
     floats,
     tokens,
     logprobs,
+    places,
+    changed,
+    counts,
     vocab,
+    CHANGED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid (rows,)."""
+    """Grid (rows,). Counts the token where the row's are counted."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
+    is_changed, changed = changed_row(places, changed, row, vocab, CHANGED)
     ints += row * WIDTH
     floats += row * WIDTH
     top = tl.load(floats + TOP)
@@ -217,7 +283,7 @@ def finish_kernel(
     if tl.load(ints + DRAWN) == 1:
         chunk = tl.arange(0, BLOCK_C)
         ids = tl.load(ints + CHUNKS + 3 * BLOCK_C + chunk, mask=chunk < tl.cdiv(vocab, CHUNK), other=-1)
-        x = tl.load(start + ids, mask=ids >= 0, other=float("-inf")).to(tl.float32)
+        x = logits_at(start, changed, is_changed, ids, ids >= 0)
         word = _random_word(tl.load(seed + row), tl.load(position + row), ids)
         score = _exact_score(x, top, tl.load(temperature + row), word)
         score = tl.where(ids >= 0, score, float("-inf"))
@@ -225,4 +291,8 @@ def finish_kernel(
         token = tl.where(winner < vocab, winner, token)
     token = tl.where(token < vocab, token, 0)
     tl.store(tokens + row, token.to(tl.int64))
-    tl.store(logprobs + row, tl.load(start + token).to(tl.float32) - top - tl.load(floats + LOG_SUM))
+    logprob = tl.load(start + token).to(tl.float32) - tl.load(floats + RAW_TOP) - tl.load(floats + LOG_SUM)
+    tl.store(logprobs + row, tl.where(top == float("-inf"), float("nan"), logprob))
+    if is_changed:
+        count = counts + (tl.load(places + row).to(tl.int64) * vocab + token)
+        tl.store(count, tl.load(count) + 2)

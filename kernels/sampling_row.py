@@ -19,15 +19,16 @@ SAMPLE = _constant(256)  # tokens of the row from which its marks are taken
 PROBES = _constant(8)  # thresholds tried in one pass over a bin
 
 # Where a row's words lie; the marks come first.
-TOP = _constant(16)  # float: the largest logit
-LOG_SUM = _constant(17)  # float: log of the sum of exp(logit - largest)
+TOP = _constant(16)  # float: the largest logit; of a changed row, as changed
+LOG_SUM = _constant(17)  # float: log of the sum of exp(logit - largest), of the raw logits
 LIKELIEST = _constant(18)  # its token
 DRAWN = _constant(19)  # 1: a token is drawn; 0: the likeliest is taken
 LOWEST = _constant(20)  # image of the threshold
 LAST = _constant(21)  # the last id that is kept among logits equal to the threshold
-CHUNKS = _constant(24)  # from here BLOCK_C words each: maxima, their ids, sums, winners; then MARKS times as many:
-#                         counts and masses, chunk by chunk
-WORDS_PER_CHUNK = _constant(4 + 2 * 16)
+RAW_TOP = _constant(22)  # float: the largest raw logit
+CHUNKS = _constant(24)  # from here BLOCK_C words each: maxima, their ids, sums of the raw row, winners, maxima of the
+#                         raw row; then MARKS times as many: counts and masses, chunk by chunk
+WORDS_PER_CHUNK = _constant(5 + 2 * 16)
 
 MARGIN = _constant(2.0**-13)  # between fp32 scores, each of which is within 5e-5 of the exact one
 LARGEST_INT = _constant(0x7FFFFFFF)
@@ -71,3 +72,22 @@ def is_ranked(top_k, top_p, vocab):
 def log2_scale(temperature):
     """log2(e) / temperature, fp32. Bounded: 0 times it is 0 at any temperature, and -inf times it is -inf."""
     return tl.minimum(tl.maximum(1.0 / temperature.to(tl.float64) * LOG2_E, 1e-30), 1e30).to(tl.float32)
+
+
+@jit
+def changed_row(places, changed, row, vocab, CHANGED: tl.constexpr):
+    """(whether the row is drawn from its changed logits, where these start)."""
+    place = tl.full((), -1, tl.int64)
+    if CHANGED:
+        place = tl.load(places + row).to(tl.int64)
+    return place >= 0, changed + place * vocab
+
+
+@jit
+def logits_at(start, changed, is_changed, ids, inside):
+    """fp32 logits of a row, -inf outside, changed or raw."""
+    if is_changed:
+        x = tl.load(changed + ids, mask=inside, other=float("-inf"))
+    else:
+        x = tl.load(start + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    return x

@@ -19,27 +19,30 @@ from kernels.sampling_row import (
     LOWEST_FINITE,
     MARKS,
     PROBES,
+    RAW_TOP,
     TOP,
+    changed_row,
     image_of,
     is_drawn,
     is_ranked,
     log2_scale,
+    logits_at,
     number_of,
     pick,
 )
 
 
 @jit
-def _copy_bin(start, vocab, lower, upper, copied, copied_ids, GATHER: tl.constexpr):
+def _copy_bin(start, changed, is_changed, vocab, lower, upper, copied, copied_ids, GATHER: tl.constexpr):
     """Write a bin's logits and ids out of the row, one behind the other by ascending id."""
     tl.debug_barrier()  # everyone has read the bin that was here before
     base = 0
     offsets = tl.arange(0, GATHER)
-    ahead = tl.load(start + offsets, mask=offsets < vocab, other=float("-inf"))
+    ahead = logits_at(start, changed, is_changed, offsets, offsets < vocab)
     for first in range(0, vocab, GATHER):
-        x = ahead.to(tl.float32)
+        x = ahead
         ids = first + offsets
-        ahead = tl.load(start + ids + GATHER, mask=ids + GATHER < vocab, other=float("-inf"))
+        ahead = logits_at(start, changed, is_changed, ids + GATHER, ids + GATHER < vocab)
         inside = (image_of(x) >= lower) & (image_of(x) < upper)
         slot = base + tl.cumsum(inside.to(tl.int32), 0) - 1
         tl.store(copied + slot, x, mask=inside)
@@ -49,12 +52,12 @@ def _copy_bin(start, vocab, lower, upper, copied, copied_ids, GATHER: tl.constex
 
 
 @jit
-def _bin_logits(offsets, copied, size, is_copied, start, vocab, lower, upper):
+def _bin_logits(offsets, copied, size, is_copied, start, changed, is_changed, vocab, lower, upper):
     """Logits of a bin, -inf where there is none: from the copy, or picked out of the row."""
     if is_copied:
         x = tl.load(copied + offsets, mask=offsets < size, other=float("-inf"))
     else:
-        x = tl.load(start + offsets, mask=offsets < vocab, other=float("-inf")).to(tl.float32)
+        x = logits_at(start, changed, is_changed, offsets, offsets < vocab)
         image = image_of(x)
         x = tl.where((image >= lower) & (image < upper), x, float("-inf"))
     return x
@@ -62,7 +65,22 @@ def _bin_logits(offsets, copied, size, is_copied, start, vocab, lower, upper):
 
 @jit
 def _largest_reaching(
-    goal, low, high, by_mass, top, scale, copied, size, is_copied, start, vocab, lower, upper, TILE: tl.constexpr
+    goal,
+    low,
+    high,
+    by_mass,
+    top,
+    scale,
+    copied,
+    size,
+    is_copied,
+    start,
+    changed,
+    is_changed,
+    vocab,
+    lower,
+    upper,
+    TILE: tl.constexpr,
 ):
     """The largest image in low .. high - 1 at or above which a bin's tokens, or their mass, come to ``goal``."""
     span = tl.where(is_copied, size, vocab)
@@ -72,7 +90,9 @@ def _largest_reaching(
         bounds = number_of(tl.minimum(probes, high).to(tl.int32))
         reach = tl.zeros((PROBES,), tl.float64)
         for first in range(0, span, TILE):
-            x = _bin_logits(first + tl.arange(0, TILE), copied, size, is_copied, start, vocab, lower, upper)
+            x = _bin_logits(
+                first + tl.arange(0, TILE), copied, size, is_copied, start, changed, is_changed, vocab, lower, upper
+            )
             weights = tl.where(by_mass, tl.exp2((x - top) * scale), 1.0)
             above = (x[None, :] >= bounds[:, None]).to(tl.float32)
             reach += tl.sum(above * weights[None, :], 1).to(tl.float64)
@@ -82,13 +102,17 @@ def _largest_reaching(
 
 
 @jit
-def _tally(edge, top, scale, copied, size, is_copied, start, vocab, lower, upper, TILE: tl.constexpr):
+def _tally(
+    edge, top, scale, copied, size, is_copied, start, changed, is_changed, vocab, lower, upper, TILE: tl.constexpr
+):
     """Of a bin: how many tokens lie above ``edge``, their mass, and how many equal it. float64."""
     beyond = 0.0 * top.to(tl.float64)
     mass = beyond
     equals = beyond
     for first in range(0, tl.where(is_copied, size, vocab), TILE):
-        x = _bin_logits(first + tl.arange(0, TILE), copied, size, is_copied, start, vocab, lower, upper)
+        x = _bin_logits(
+            first + tl.arange(0, TILE), copied, size, is_copied, start, changed, is_changed, vocab, lower, upper
+        )
         beyond += tl.sum((x > edge).to(tl.float32), 0)
         mass += tl.sum(tl.where(x > edge, tl.exp2((x - top) * scale), 0.0), 0)
         equals += tl.sum((x == edge).to(tl.float32), 0)
@@ -96,13 +120,15 @@ def _tally(edge, top, scale, copied, size, is_copied, start, vocab, lower, upper
 
 
 @jit
-def _id_of_equal(edge, rank, copied, copied_ids, size, is_copied, start, vocab, lower, upper, TILE: tl.constexpr):
+def _id_of_equal(
+    edge, rank, copied, copied_ids, size, is_copied, start, changed, is_changed, vocab, lower, upper, TILE: tl.constexpr
+):
     """The id of the ``rank``-th token, from 1, of a bin's tokens equal to ``edge``."""
     seen = 0
     found = -1
     for first in range(0, tl.where(is_copied, size, vocab), TILE):
         ids = first + tl.arange(0, TILE)
-        equal = _bin_logits(ids, copied, size, is_copied, start, vocab, lower, upper) == edge
+        equal = _bin_logits(ids, copied, size, is_copied, start, changed, is_changed, vocab, lower, upper) == edge
         if is_copied:
             ids = tl.load(copied_ids + ids, mask=ids < size, other=-1)
         order = seen + tl.cumsum(equal.to(tl.int32), 0)
@@ -117,6 +143,8 @@ def _keep_ranked(
     p,
     scale,
     start,
+    changed,
+    is_changed,
     vocab,
     peaks,
     top,
@@ -134,7 +162,7 @@ def _keep_ranked(
     real = (chunk < tl.cdiv(vocab, CHUNK))[:, None]
     mark = tl.arange(0, MARKS)
     marks = tl.load(ints + mark)
-    place = chunk[:, None] * MARKS + mark[None, :] + (CHUNKS + 4 * BLOCK_C)
+    place = chunk[:, None] * MARKS + mark[None, :] + (CHUNKS + 5 * BLOCK_C)
     counts = tl.sum(tl.load(ints + place, mask=real, other=0), 0).to(tl.float64)
     masses = tl.load(floats + place + BLOCK_C * MARKS, mask=real, other=0.0).to(tl.float64)
     masses = tl.sum(masses * tl.exp2((peaks - top) * scale).to(tl.float64)[:, None], 0)
@@ -160,15 +188,32 @@ def _keep_ranked(
                 upper = tl.where(here > 0, pick(marks, here - 1), image_of(top) + 1)
                 size = (pick(counts, here) - pick(counts, here - 1)).to(tl.int32)
                 if size <= capacity:
-                    _copy_bin(start, vocab, lower, upper, copied, copied_ids, GATHER)
+                    _copy_bin(start, changed, is_changed, vocab, lower, upper, copied, copied_ids, GATHER)
             fits = size <= capacity
             goal -= pick(sizes, here - 1)
             low = tl.maximum(lower, lowest).to(tl.int64)
             low = _largest_reaching(
-                goal, low, upper.to(tl.int64), by_mass, top, scale, copied, size, fits, start, vocab, lower, upper, TILE
+                goal,
+                low,
+                upper.to(tl.int64),
+                by_mass,
+                top,
+                scale,
+                copied,
+                size,
+                fits,
+                start,
+                changed,
+                is_changed,
+                vocab,
+                lower,
+                upper,
+                TILE,
             )
             edge = number_of(low.to(tl.int32))
-            beyond, mass, equals = _tally(edge, top, scale, copied, size, fits, start, vocab, lower, upper, TILE)
+            beyond, mass, equals = _tally(
+                edge, top, scale, copied, size, fits, start, changed, is_changed, vocab, lower, upper, TILE
+            )
             weight = tl.exp2((edge - top) * scale).to(tl.float64)
             if by_mass:
                 wanted = tl.maximum(tl.where(weight > 0, tl.ceil((goal - mass) / weight), equals), 1.0)
@@ -181,7 +226,9 @@ def _keep_ranked(
     if room < equals:
         fits = size <= capacity
         edge = number_of(lowest)
-        last = _id_of_equal(edge, room, copied, copied_ids, size, fits, start, vocab, lower, upper, TILE)
+        last = _id_of_equal(
+            edge, room, copied, copied_ids, size, fits, start, changed, is_changed, vocab, lower, upper, TILE
+        )
     return lowest, last
 
 
@@ -216,7 +263,10 @@ def threshold_kernel(
     copied,  # (rows, capacity) fp32: the logits of a bin by ascending id
     copied_ids,  # (rows, capacity) int32
     capacity,
+    places,
+    changed,
     vocab,
+    CHANGED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
     GATHER: tl.constexpr,
@@ -228,6 +278,7 @@ def threshold_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
+    is_changed, changed = changed_row(places, changed, row, vocab, CHANGED)
     ints += row * WIDTH
     floats += row * WIDTH
     copied += row * capacity
@@ -238,8 +289,11 @@ def threshold_kernel(
     top = tl.max(peaks, 0)
     peak_ids = tl.load(ints + CHUNKS + BLOCK_C + chunk, mask=real, other=0)
     sums = tl.load(floats + CHUNKS + 2 * BLOCK_C + chunk, mask=real, other=0.0)
-    total = tl.sum(sums.to(tl.float64) * tl.exp((peaks - top).to(tl.float64)), 0)
+    raw_peaks = tl.load(floats + CHUNKS + 4 * BLOCK_C + chunk, mask=real, other=float("-inf"))
+    raw_top = tl.max(raw_peaks, 0)
+    total = tl.sum(sums.to(tl.float64) * tl.exp((raw_peaks - raw_top).to(tl.float64)), 0)
     tl.store(floats + TOP, top)
+    tl.store(floats + RAW_TOP, raw_top)
     tl.store(floats + LOG_SUM, tl.log(total).to(tl.float32))
     tl.store(ints + LIKELIEST, tl.min(tl.where(peaks == top, peak_ids, vocab), 0))
     warmth = tl.load(temperature + row).to(tl.float64)
@@ -254,7 +308,23 @@ def threshold_kernel(
         if is_ranked(k, p, vocab):
             scale = log2_scale(warmth)
             lowest, last = _keep_ranked(
-                k, p, scale, start, vocab, peaks, top, ints, floats, copied, copied_ids, capacity, BLOCK_C, GATHER, TILE
+                k,
+                p,
+                scale,
+                start,
+                changed,
+                is_changed,
+                vocab,
+                peaks,
+                top,
+                ints,
+                floats,
+                copied,
+                copied_ids,
+                capacity,
+                BLOCK_C,
+                GATHER,
+                TILE,
             )
         least = tl.load(min_p + row).to(tl.float64)
         if least > 0:

@@ -4,12 +4,17 @@
     python -m benchmarks.routing --json routing.json --plot routing.png
     python -m benchmarks.routing --kill-node                                       # our router, a node lost in mid-run
 
-Starts a Ray cluster of three nodes on this machine, each with a Serve proxy, and on it one application a router: four
-CPU replicas of the demo model and three gateways, one a node. The applications differ in nothing but the router.
-Requests come over HTTP to the three proxies in turn, by Poisson at ``--rate`` a second; each names the n-th adapter
-with a probability in proportion to 1 / n ** zipf. The routers take turns, with the same requests, after ``--warm`` that
-are not counted. Every text must be that of the adapter's own, which one engine alone has made before: exits with 1 when
-one is not. Answers are greedy, of ``--tokens`` tokens.
+Starts a Ray cluster of three nodes on this machine, each with a Serve proxy. The routers take turns, each with an
+application of its own that is deployed for the turn: four CPU replicas of the demo model and three gateways, one a
+node. The applications differ in the router, and that of Serve's default has slots of least recent use, as its table
+has. Adapters are in a store some way off: six exchanges of ``--exchange-ms`` bring one to a replica; there is room for
+some of them in a replica's host memory, and for few on its disk.
+
+Requests come over HTTP to the three proxies in turn, ``--rate`` a second; the n-th adapter's are in proportion to
+1 / n ** zipf and come by a Gamma process of shape ``--shape``: 1 is Poisson, below 1 they come in bursts (the times
+between them vary by 1 / sqrt(shape) of their mean). In each repetition the routers get the same requests, of which the
+first ``--warm`` are not counted. Every text must be that of the adapter's own, which one engine alone has made before:
+exits with 1 when one is not. Answers are greedy, of ``--tokens`` tokens.
 
 With ``--kill-node`` all processes of the second node end at half of the requests. Exits with 1 when a request is lost
 that had not begun to stream, or when one that had begun neither goes on nor is told so. A request whose own gateway is
@@ -22,6 +27,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,8 +36,10 @@ import torch
 from benchmarks.common.report import Report, Row, device_name
 from benchmarks.routing.cluster import RoutingCluster
 from benchmarks.routing.comparison import Run, counted, together, verdict
+from benchmarks.routing.far_store import FarStore
 from benchmarks.routing.node_loss import account, failures
 from benchmarks.routing.policies import Policy, build
+from benchmarks.routing.processor_time import processor_seconds
 from benchmarks.routing.tenants import MODEL, Tenants, make_tenants
 from benchmarks.routing.traffic import Outcome, Traffic, wait_for
 from benchmarks.serving.load import print_errors
@@ -39,15 +47,18 @@ from deployments.settings import FleetSettings
 
 NODES = 3
 VICTIM = 1
+FAR = "dir://adapters"
+DISK_BYTES = 1 << 20  # a dozen adapters
 
 
-def settings(arguments: argparse.Namespace, tenants: Tenants) -> FleetSettings:
-    """The same for every router."""
+def settings(arguments: argparse.Namespace, tenants: Tenants, far: FarStore, policy: Policy) -> FleetSettings:
+    """The same for every router but for what ``Policy`` says."""
+    own = {"eviction": "lru"} if policy is Policy.DEFAULT else {}
     return FleetSettings.model_validate(
         {
             "model": str(MODEL),
             "model_name": "lorafleet-demo",
-            "adapter_folders": [str(tenants.folder)],
+            "adapters": {name: f"{FAR}/{name}@{digest}" for name, digest in tenants.digests.items()},
             "engine": {
                 "model_name": "",
                 "max_rows": arguments.rows,
@@ -55,47 +66,56 @@ def settings(arguments: argparse.Namespace, tenants: Tenants) -> FleetSettings:
                 "cpu_threads": 1,
                 "num_pages": 256,
                 "slots": {arguments.rank: arguments.slots},
+                **own,
             },
-            "store": {"host_cache_bytes": arguments.host_mib << 20},
+            "store": {
+                "host_cache_bytes": arguments.host_mib << 20,
+                "cache_dir": str(tenants.folder.parent / policy),
+                "cache_bytes": DISK_BYTES,
+                # A path below the store's URL, for a reference has no place for a port.
+                "sources": {FAR: {"options": {"path": far.url, "target_protocol": "http"}}},
+            },
             "replicas": {"num_replicas": arguments.replicas, "num_gpus": 0},
             "gateway": {"num_replicas": NODES},
         }
     )
 
 
-def compare(arguments: argparse.Namespace, tenants: Tenants, cluster: RoutingCluster) -> list[Run]:
+def compare(arguments: argparse.Namespace, tenants: Tenants, far: FarStore, cluster: RoutingCluster) -> list[Run]:
     """All routers, taking turns."""
-    fleet = settings(arguments, tenants)
-    cluster.deploy({policy.value: build(policy, fleet, arguments.slots) for policy in arguments.policies})
-    traffic = Traffic(tenants, arguments.rate, arguments.zipf)
+    traffic = Traffic(tenants, arguments.rate, arguments.zipf, arguments.shape)
     runs: list[Run] = []
-    for policy in arguments.policies:
-        asyncio.run(wait_for(cluster.urls, policy.value))
-        asyncio.run(traffic.offer(cluster.urls, policy.value, traffic.arrivals(arguments.warm, arguments.seed)))
     for repetition in range(1, arguments.repetitions + 1):
-        arrivals = traffic.arrivals(arguments.requests, arguments.seed + repetition)
+        warm, arrivals = traffic.arrivals(arguments.warm, arguments.requests, arguments.seed + repetition)
         shift = (repetition - 1) % len(arguments.policies)
         for policy in (*arguments.policies[shift:], *arguments.policies[:shift]):
-            before = cluster.stats(policy.value)
-            outcomes = asyncio.run(traffic.offer(cluster.urls, policy.value, arrivals))
-            runs.append(Run(policy, repetition, outcomes, counted(before, cluster.stats(policy.value))))
+            name = policy.value
+            cluster.deploy(name, build(policy, settings(arguments, tenants, far, policy), arguments.slots))
+            asyncio.run(wait_for(cluster.urls, name))
+            asyncio.run(traffic.offer(cluster.urls, name, warm))
+            before, spent, begun = cluster.stats(name), processor_seconds(), time.monotonic()
+            outcomes = asyncio.run(traffic.offer(cluster.urls, name, arrivals))
+            seconds = time.monotonic() - begun
+            spent = {kind: total - spent[kind] for kind, total in processor_seconds().items()}
+            runs.append(Run(policy, repetition, outcomes, counted(before, cluster.stats(name)), spent, seconds))
             show(runs[-1].row())
             print_errors(traffic.rate, [outcome.answer for outcome in outcomes])
-    if Policy.OURS in arguments.policies:
-        print(f"our router's reasons: {cluster.reasons(Policy.OURS.value)}", flush=True)
+            if policy is Policy.OURS:
+                print(f"our router's reasons: {cluster.reasons(name)}", flush=True)
+            cluster.remove(name)
     return runs
 
 
-def lose_node(arguments: argparse.Namespace, tenants: Tenants, cluster: RoutingCluster) -> Row:
+def lose_node(arguments: argparse.Namespace, tenants: Tenants, far: FarStore, cluster: RoutingCluster) -> Row:
     """Our router, and a node less from the middle on."""
     name = Policy.OURS.value
-    cluster.deploy({name: build(Policy.OURS, settings(arguments, tenants), arguments.slots)})
-    traffic = Traffic(tenants, arguments.rate, arguments.zipf)
+    cluster.deploy(name, build(Policy.OURS, settings(arguments, tenants, far, Policy.OURS), arguments.slots))
+    traffic = Traffic(tenants, arguments.rate, arguments.zipf, arguments.shape)
 
     async def run() -> list[Outcome]:
         await wait_for(cluster.urls, name)
-        await traffic.offer(cluster.urls, name, traffic.arrivals(arguments.warm, arguments.seed))
-        arrivals = traffic.arrivals(arguments.requests, arguments.seed + 1)
+        warm, arrivals = traffic.arrivals(arguments.warm, arguments.requests, arguments.seed + 1)
+        await traffic.offer(cluster.urls, name, warm)
         offered = asyncio.create_task(traffic.offer(cluster.urls, name, arrivals))
         await asyncio.sleep(arrivals[len(arrivals) // 2].at)
         await asyncio.to_thread(cluster.kill, VICTIM)
@@ -111,9 +131,10 @@ def lose_node(arguments: argparse.Namespace, tenants: Tenants, cluster: RoutingC
 
 def show(row: Row) -> None:
     """One line while it runs."""
-    kept = ("policy", "repetition", "requests", "errors", "exact", "hit_rate", "loads", "ttft_ms_p50", "ttft_ms_p99")
+    kept = ("policy", "repetition", "requests", "errors", "exact", "hit_rate", "loads", "fetched")
+    kept += ("ttft_ms_p50", "ttft_ms_p99", *(name for name in row if name.endswith("_cores")))
     print(
-        "  ".join(f"{name} {row[name]:.4g}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in kept)
+        "  ".join(f"{name} {row[name]:.3g}" if isinstance(row[name], float) else f"{name} {row[name]}" for name in kept)
     )
     sys.stdout.flush()
 
@@ -124,16 +145,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=2000, help="a router and repetition")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--warm", type=int, default=200, help="requests before, not counted")
-    parser.add_argument("--rate", type=float, default=40.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--zipf", type=float, default=1.0)
+    parser.add_argument("--shape", type=float, default=0.125, help="of the Gamma times between an adapter's requests")
+    parser.add_argument("--exchange-ms", type=float, default=20.0, help="of the adapters' store, six to an adapter")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=2, help="different ones an adapter")
     parser.add_argument("--tokens", type=int, help="of an answer (default: 4, with --kill-node 64)")
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--slots", type=int, default=8, help="a replica")
-    parser.add_argument("--rows", type=int, default=8, help="most requests in one step of a replica")
-    parser.add_argument("--host-mib", type=int, default=8, help="a replica's host cache, some 50 adapters")
+    parser.add_argument("--rows", type=int, default=32, help="most requests in one step of a replica")
+    parser.add_argument("--host-mib", type=int, default=16, help="a replica's host cache, some 50 adapters of rank 4")
     parser.add_argument("--policies", type=lambda text: [Policy(one) for one in text.split(",")], default=list(Policy))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-node", action="store_true", help="our router alone, a node killed in mid-run")
@@ -146,12 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tenants = asyncio.run(
             make_tenants(Path(folder) / "adapters", parsed.adapters, parsed.rank, parsed.prompts, parsed.tokens)
         )
-        with RoutingCluster(NODES) as cluster:
+        with FarStore(tenants.folder.parent, parsed.exchange_ms / 1e3) as far, RoutingCluster(NODES) as cluster:
             if parsed.kill_node:
-                rows = [lose_node(parsed, tenants, cluster)]
+                rows = [lose_node(parsed, tenants, far, cluster)]
                 bad = failures(rows[0])
             else:
-                runs = compare(parsed, tenants, cluster)
+                runs = compare(parsed, tenants, far, cluster)
                 rows = [*together(runs), *(run.row() for run in runs)]
                 bad = [
                     f"{row['policy']}: {row['requests'] - row['exact']} not exact"

@@ -68,16 +68,18 @@ class RoutingCluster:
         """One proxy a node."""
         return [f"http://127.0.0.1:{port}" for port in self._ports]
 
-    def deploy(self, applications: dict[str, Application]) -> None:
-        """Each under its own route prefix; returns when all of their replicas run."""
-        targets = [serve.RunTarget(app, name=name, route_prefix=f"/{name}") for name, app in applications.items()]
-        serve.run_many(targets)
+    def deploy(self, name: str, application: Application) -> None:
+        """Under its name as route prefix; returns when all of its replicas run."""
+        serve.run(application, name=name, route_prefix=f"/{name}")
         deadline = time.monotonic() + READY_SECONDS
-        for name in applications:
-            while not all(one.status == "HEALTHY" for one in serve.status().applications[name].deployments.values()):
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{name} is not up after {READY_SECONDS:.0f} s: {serve.status()}")
-                time.sleep(0.2)
+        while not all(one.status == "HEALTHY" for one in serve.status().applications[name].deployments.values()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} is not up after {READY_SECONDS:.0f} s: {serve.status()}")
+            time.sleep(0.2)
+
+    def remove(self, name: str) -> None:
+        """Take an application down; returns when it is gone."""
+        serve.delete(name)
 
     def stats(self, name: str) -> list[dict[str, Any]]:
         """``WatchedReplica.stats`` of every replica of an application."""

@@ -21,7 +21,9 @@ class Policy(StrEnum):
     """Whose router stands before the replicas."""
 
     OURS = "ours"
-    DEFAULT = "default"  # Serve's power of two choices among the replicas that its multiplexing table names
+    # Serve's power of two choices among the replicas that its multiplexing table names, and the cache that makes that
+    # table, which is one of least recent use.
+    DEFAULT = "default"
     HASH = "hash"  # Serve's ConsistentHashRouter; an adapter is a session
 
 
@@ -43,10 +45,14 @@ class WatchedReplica(LoraReplica):
                 yield item
 
     async def stats(self) -> dict[str, Any]:
-        """See ``LoraReplica``; and ``asked``, ``found``, and ``loads``: copies from host memory to slots."""
+        """See ``LoraReplica``; and ``asked``, ``found``; ``loads``: copies from host memory to slots; ``fetched``: of
+        those, what was not in host memory."""
         slots = self._engine.parts.slots
         assert slots is not None
+        store = self._engine.parts.store
+        assert store is not None
         own = {"asked": self._asked, "found": self._found, "loads": slots.stats().copies.done}
+        own["fetched"] = store.host_cache.stats().misses
         return await super().stats() | own
 
 

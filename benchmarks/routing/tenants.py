@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_store.catalog import Catalog
 from adapter_store.settings import StoreSettings
 from benchmarks.common.synthetic import write_random_adapter
 from engine.engine import Engine
@@ -26,9 +27,11 @@ CANDIDATES = 4  # prompts tried for each that is wanted
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
-    """folder: one adapter a sub-folder. answers: name -> (prompt, the text of its first ``tokens`` tokens)."""
+    """folder: one adapter a sub-folder. digests: of their contents, by name. answers: name -> (prompt, the text of its
+    first ``tokens`` tokens)."""
 
     folder: Path
+    digests: Mapping[str, str]
     tokens: int
     answers: Mapping[str, Sequence[tuple[str, str]]]
 
@@ -72,7 +75,12 @@ async def make_tenants(folder: Path, count: int, rank: int, prompts: int, tokens
     for number in range(prompts):
         if len({own[number][1] for own in answers}) < count:
             raise RuntimeError(f"two adapters answer question {number} alike: raise the tokens of an answer")
-    return Tenants(folder, tokens, dict(zip(names, answers, strict=True)))
+    catalog = Catalog(settings.store)
+    try:
+        digests = {name: catalog.resolve(name).digest for name in names}
+    finally:
+        catalog.close()
+    return Tenants(folder, digests, tokens, dict(zip(names, answers, strict=True)))
 
 
 async def _answers(

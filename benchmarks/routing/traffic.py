@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.common.lengths import Lengths
 from benchmarks.common.open_loop import offer
-from benchmarks.common.workload import Arrival, Workload
+from benchmarks.common.workload import Arrival
+from benchmarks.fleet_sim.traffic import gamma_traffic
 from benchmarks.routing.tenants import Tenants
 from benchmarks.serving.answer import Answer, Ending
 from benchmarks.serving.openai_stream import OpenAIStream, session
@@ -42,19 +43,31 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Poisson arrivals on adapters by Zipf's law, ``rate`` a second."""
+    """Each adapter's requests come by a Gamma process of its own, at rates by Zipf's law that add up to ``rate``.
+
+    shape: of the times between requests of one adapter: 1 is Poisson, below 1 they come in bursts.
+    """
 
     tenants: Tenants
     rate: float
     zipf: float
+    shape: float
     timeout_s: float = 60.0
 
-    def arrivals(self, count: int, seed: int) -> list[Arrival]:
-        """The first ``count`` of them; the same for the same seed."""
-        lengths = Lengths(self.tenants.tokens, 0.0, 1, self.tenants.tokens)
-        workload = Workload(self.tenants.names, self.zipf, lengths, lengths)
-        enough = 2.0 * count / self.rate + 10.0
-        return workload.arrivals(self.rate, enough, seed)[:count]
+    def arrivals(self, warm: int, count: int, seed: int) -> tuple[list[Arrival], list[Arrival]]:
+        """The first ``warm`` of them and the next ``count``, each from when it begins; the same for the same seed."""
+        made = self._arrivals(warm + count, seed)
+        first = made[warm].at if count else 0.0
+        return made[:warm], [replace(one, at=one.at - first) for one in made[warm:]]
+
+    def _arrivals(self, count: int, seed: int) -> list[Arrival]:
+        enough, names, tokens = 2.0 * count / self.rate + 10.0, self.tenants.names, self.tenants.tokens
+        made = gamma_traffic(len(names), self.zipf, self.rate, enough, self.shape, tokens, seed)
+        rng = random.Random(seed)
+        return [
+            Arrival(at, names[adapter], tokens, tokens, rng.getrandbits(48))
+            for at, adapter in zip(made.times[:count].tolist(), made.adapters[:count].tolist(), strict=True)
+        ]
 
     async def offer(self, urls: Sequence[str], application: str, arrivals: Sequence[Arrival]) -> list[Outcome]:
         """Send all to the application, gateway by gateway, and wait for their ends."""

@@ -27,22 +27,7 @@ def add_adapter_routes(
 ) -> None:
     """access: who may use them. refused: why the last ``user_config`` is not in force, for listings."""
 
-    def allowed(request: Request) -> None:
-        if access == "off":
-            message = (
-                "nobody administers adapters over HTTP here: the setting gateway.admin is 'off'; 'loopback' lets "
-                "clients of the server's own machine in, 'on' everybody who can reach the server"
-            )
-        elif access == "loopback" and not from_this_machine(request):
-            message = (
-                "adapters are administered from the server's own machine only: the setting gateway.admin is "
-                "'loopback'; 'on' lets everybody who can reach the server in, as there are no API keys yet"
-            )
-        else:
-            return
-        raise ApiError(403, message, kind="permission_error", code="admin_disabled")
-
-    router = APIRouter(prefix="/v1", dependencies=[Depends(allowed)])
+    router = APIRouter(prefix="/v1", dependencies=[Depends(admin_rule(access))])
     actions: dict[str, Callable[[str], Awaitable[dict[str, Any]]]] = {
         "prefetch": admin.prefetch,
         "pin": admin.pin,
@@ -106,6 +91,27 @@ def add_adapter_routes(
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     app.include_router(router)
+
+
+def admin_rule(access: Access) -> Callable[[Request], None]:
+    """What lets an operator's requests through: a dependency that raises ApiError, 403, for others."""
+
+    def allowed(request: Request) -> None:
+        if access == "off":
+            message = (
+                "nobody administers adapters over HTTP here: the setting gateway.admin is 'off'; 'loopback' lets "
+                "clients of the server's own machine in, 'on' everybody who can reach the server"
+            )
+        elif access == "loopback" and not from_this_machine(request):
+            message = (
+                "adapters are administered from the server's own machine only: the setting gateway.admin is "
+                "'loopback'; 'on' lets everybody who can reach the server in, as there are no API keys yet"
+            )
+        else:
+            return
+        raise ApiError(403, message, kind="permission_error", code="admin_disabled")
+
+    return allowed
 
 
 def lora_reference(path: str) -> str:

@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from math import inf
+from statistics import fmean
 
+from deployments.api.tool_formats import ToolFormat
 from engine.request import GenerationChunk
 
 
@@ -14,9 +17,10 @@ from engine.request import GenerationChunk
 class Generation:
     """The choices of one request (prompts x n, prompt by prompt), each a stream of chunks.
 
-    id, created, model: what the answer says. echoes: by choice, the text that goes before it. token_bytes: the bytes
-    of a token id, None where the tokenizer does not tell. ended: called once at the end, however it came, with the
-    tokens of the prompts and of the completions so far.
+    id, created, model, fingerprint: what the answer says. n: streams of each prompt, of which the answer has the
+    ``kept`` likeliest, all when None. echoes: by choice, the text that goes before it. token_bytes: the bytes of a
+    token id, None where the tokenizer does not tell. tool_format: how the model writes down calls. ended: called once
+    at the end, however it came, with the tokens of the prompts and of the completions so far.
     """
 
     id: str
@@ -24,8 +28,11 @@ class Generation:
     model: str
     streams: Sequence[AsyncGenerator[GenerationChunk]]
     n: int = 1
+    kept: int | None = None
+    fingerprint: str = ""
     echoes: Sequence[str] = ()
     token_bytes: Callable[[int], bytes | None] = lambda _: None
+    tool_format: ToolFormat | None = None
     ended: Callable[[int, int], None] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -66,12 +73,21 @@ class Generation:
             await self.aclose()
 
     async def finished(self) -> list[GenerationChunk]:
-        """Every choice whole, in order."""
+        """Every choice whole, in order; the likeliest of each prompt, the best one first, where there are more."""
         whole: dict[int, GenerationChunk] = {}
         async with aclosing(self.chunks()) as chunks:
             async for index, chunk in chunks:
                 whole[index] = whole[index] + chunk if index in whole else chunk
-        return [whole[index] for index in range(len(self.streams))]
+        made = [whole[index] for index in range(len(self.streams))]
+        if self.kept is None:
+            return made
+        prompts = (made[first : first + self.n] for first in range(0, len(made), self.n))
+        return [chunk for one in prompts for chunk in sorted(one, key=_mean_logprob, reverse=True)[: self.kept]]
+
+    @property
+    def choices(self) -> int:
+        """How many the answer has."""
+        return len(self.streams) // self.n * (self.kept or self.n)
 
     def echo(self, index: int) -> str:
         """The text that goes before this choice."""
@@ -85,6 +101,10 @@ class Generation:
         if ended is not None:
             prompts = sum(prompt for index, (prompt, _) in self._spent.items() if index % self.n == 0)
             ended(prompts, sum(completion for _, completion in self._spent.values()))
+
+
+def _mean_logprob(chunk: GenerationChunk) -> float:
+    return fmean(token.logprob for token in chunk.logprobs) if chunk.logprobs else -inf
 
 
 async def _single(

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from adapter_store.errors import AdapterChanged
 from adapter_store.source import ResolvedAdapter
 from deployments.adapters.directory import AdapterDirectory
 from deployments.api.generation import Generation
+from deployments.api.tool_formats import tool_format
 from deployments.fleet import Generator
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception, invalid
 from deployments.protocol.models import model_list, model_object
-from engine.request import GenerationChunk, GenerationRequest, SamplingParams, check_length
+from engine.grammar import check_grammar
+from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, SamplingParams, check_length
 from engine.tokenizer import Tokenizer
 
 Observer = Callable[[str, int, int, int], None]
@@ -56,10 +60,11 @@ class CompletionService:
         max_model_len: int,
         limits: ServiceLimits | None = None,
         observe: Observer | None = None,
+        tool_form: str | None = None,
     ) -> None:
         """max_model_len: most tokens of a prompt and its completion together, as the engines have it. observe: told of
         each request that ended: the model's name (empty when there is none of this name), HTTP status, tokens of its
-        prompts and completions.
+        prompts and completions. tool_form: how the model writes down calls, see ``tool_formats``; None finds out.
 
         Raises ValueError when the folder has no usable tokenizer.
         """
@@ -72,6 +77,8 @@ class CompletionService:
         self.limits = limits or ServiceLimits()
         self._observe = observe
         self._started = int(time.time())
+        self._tool_format = tool_format(tool_form, self._tokenizer.template.text)
+        self._fingerprint = f"fp_{_content_hash(model_folder)}"
 
     async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
         """Begin to generate: on return every choice has its first chunk, or without ``stream`` its only one.
@@ -89,17 +96,24 @@ class CompletionService:
     async def _start(self, body: CompletionBody | ChatBody, *, stream: bool, known: list[str]) -> Generation:
         """known: takes the model's name once it is known that there is such a model."""
         sampling = body.sampling_params()
-        n = body.n or 1
+        n = body.candidates
         chat = isinstance(body, ChatBody)
         count = 1 if chat else len(body.prompts())
         if count * n > self.limits.max_choices:
             raise invalid(
-                "n" if n > 1 else "prompt",
-                f"{count} prompts x n={n} are over the limit of {self.limits.max_choices} completions",
+                "prompt" if n == 1 else "n" if n == body.n else "best_of",
+                f"{count} prompts x {n} are over the limit of {self.limits.max_choices} completions",
+            )
+        if unknown := [token for token, _ in sampling.logit_bias if token >= self._tokenizer.vocab_size]:
+            raise invalid(
+                "logit_bias",
+                f"logit_bias names token {unknown[0]} but {self._tokenizer.name} has {self._tokenizer.vocab_size}",
             )
         adapter, prompts = await asyncio.gather(
             self._resolve(body.model, known), self.directory.in_text_pool(self._prompts, body)
         )
+        if (wanted := body.wanted()) is not None:
+            await self.directory.in_text_pool(partial(check_grammar, wanted.grammar, wanted.param))
         for prompt in prompts:
             check_length(
                 len(prompt),
@@ -126,10 +140,25 @@ class CompletionService:
             if isinstance(body, CompletionBody) and body.echo
             else []
         )
-        echoes = [text for text in echoes for _ in range(n)]
-        created = int(time.time())
-        generation = Generation(request_id, created, body.model, streams, n, echoes, self._tokenizer.token_bytes)
-        await generation.begin()
+        asked = body.n or 1
+        generation = Generation(
+            request_id,
+            int(time.time()),
+            body.model,
+            streams,
+            n=n,
+            kept=None if asked == n else asked,
+            fingerprint=self._fingerprint if adapter is None else f"{self._fingerprint}_{adapter.digest[:10]}",
+            echoes=[text for text in echoes for _ in range(asked)],
+            token_bytes=self._tokenizer.token_bytes,
+            tool_format=self._tool_format,
+        )
+        try:
+            await generation.begin()
+        except InvalidRequest as error:
+            if wanted is None or error.param != "grammar":
+                raise
+            raise invalid(wanted.param, str(error), code=error.code) from error  # what the client calls it
         if (observe := self._observe) is not None:
             generation.ended = lambda prompts, completions: observe(body.model, 200, prompts, completions)
         return generation
@@ -190,6 +219,12 @@ class CompletionService:
 
     def _adapter_object(self, name: str) -> dict[str, Any]:
         return model_object(name, self._started, root=name, parent=self.base_model)
+
+
+def _content_hash(model_folder: Path) -> str:
+    """Of the small files that say what the model is; its weights are too large to read for this."""
+    files = sorted(model_folder.glob("*.json")) + sorted(model_folder.glob("*.jinja"))
+    return sha256(b"".join(sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:10]
 
 
 def _nth_sample(sampling: SamplingParams, sample: int) -> SamplingParams:

@@ -9,24 +9,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import ApiError, from_validation, invalid, unsupported
-from engine.request import SamplingParams
+from deployments.protocol.structured import StructuredFields, WantedGrammar
+from engine.request import MOST_BIASES, SamplingParams
 
 # Fields that would change the result and that we do not have, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": ({},),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "min_tokens": (0,),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "use_beam_search": (False,),
@@ -50,6 +40,29 @@ def _stop(value: Any) -> Any:
     raise PydanticCustomError("stop", "must be a string or a list of at most {most} strings", {"most": _MAX_STOPS})
 
 
+def _logit_bias(value: Any) -> Any:
+    """Keys of JSON objects are text."""
+    if value is None:
+        return value
+    if isinstance(value, dict) and len(value) <= MOST_BIASES and all(map(_is_token_id, value)):
+        return {str(key): bias for key, bias in value.items()}
+    raise PydanticCustomError(
+        "logit_bias", "must be an object of at most {most} token ids, each with its bias", {"most": MOST_BIASES}
+    )
+
+
+def _is_token_id(key: Any) -> bool:
+    text = str(key)
+    return text.isascii() and text.isdecimal() and len(text) < 19
+
+
+LogitBias = Annotated[
+    dict[str, float] | None,
+    BeforeValidator(_logit_bias),
+    Field(description="Token id to what its logit gets, -100 to 100."),
+]
+
+
 class StreamOptions(BaseModel):
     """``include_usage``: one more event at the end, with the token counts."""
 
@@ -58,7 +71,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationBody(BaseModel):
+class GenerationBody(StructuredFields):
     """Fields of both endpoints. Fields that we do not know are ignored, as OpenAI's clients expect."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -75,6 +88,11 @@ class GenerationBody(BaseModel):
     stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
     stop_token_ids: list[int] | None = Field(None, max_length=_MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
+    logit_bias: LogitBias = None
+    presence_penalty: float | None = Field(None, description="-2 to 2.")
+    frequency_penalty: float | None = Field(None, description="-2 to 2.")
+    repetition_penalty: float | None = Field(None, description="Above 0 and at most 10; 1 changes nothing.")
+    min_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -96,6 +114,11 @@ class GenerationBody(BaseModel):
         return self
 
     @property
+    def candidates(self) -> int:
+        """Completions to make of each prompt."""
+        return self.n or 1
+
+    @property
     def max_tokens_field(self) -> str:
         """What the client calls the completion's limit."""
         return "max_tokens"
@@ -104,8 +127,13 @@ class GenerationBody(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def wanted(self) -> WantedGrammar | None:
+        """What the completion must be, and the field that says so."""
+        return self.wanted_grammar()
+
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's parameters. Raises InvalidRequest naming the field that is out of range."""
+        wanted = self.wanted()
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
             temperature=1.0 if self.temperature is None else float(self.temperature),
@@ -118,6 +146,12 @@ class GenerationBody(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=tuple((int(token), float(bias)) for token, bias in (self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens or 0,
+            grammar=None if wanted is None else wanted.grammar,
         )
 
 

@@ -34,10 +34,11 @@ def _is_ids(value: list[Any]) -> bool:
 class CompletionBody(GenerationBody):
     """The request body."""
 
-    unsupported_fields = {**_UNSUPPORTED, "suffix": ("",), "best_of": (1,)}  # noqa: RUF012
+    unsupported_fields = {**_UNSUPPORTED, "suffix": ("",)}  # noqa: RUF012
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
     echo: bool | None = Field(None, description="Put the prompt before each completion.")
+    best_of: int | None = Field(None, ge=1, description="Make so many of each prompt and answer with the n likeliest.")
     logprobs: int | None = Field(None, description="Log probabilities of that many likeliest tokens, 0 to 20.")
 
     @model_validator(mode="after")
@@ -45,6 +46,19 @@ class CompletionBody(GenerationBody):
         if self.echo and self.logprobs is not None:
             raise invalid("echo", "echo together with logprobs is not supported: ask for one of them")
         return self
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise invalid("best_of", f"best_of is {self.best_of} but must be at least n, {self.n}")
+        if self.stream and (self.best_of or 1) > (self.n or 1):
+            raise invalid("best_of", "best_of above n is not possible with stream=true: the best is known at the end")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        """See ``GenerationBody``."""
+        return self.best_of or self.n or 1
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt, as text or as token ids."""
@@ -57,7 +71,8 @@ class CompletionBody(GenerationBody):
     def sampling_params(self) -> SamplingParams:
         """The engine's parameters. Raises InvalidRequest naming the field that is out of range."""
         wanted = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.sampling(max_tokens=wanted, logprobs=self.logprobs)
+        chooses = self.candidates > (self.n or 1)  # by log probability
+        return self.sampling(max_tokens=wanted, logprobs=0 if chooses and self.logprobs is None else self.logprobs)
 
 
 def logprobs_object(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, list[Any]]:
@@ -96,6 +111,15 @@ def choice(
     }
 
 
-def envelope(request_id: str, created: int, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+def envelope(
+    request_id: str, created: int, model: str, fingerprint: str, choices: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The answer round ``choices``, the same in a stream and in a whole answer."""
-    return {"id": request_id, "object": "text_completion", "created": created, "model": model, "choices": choices}
+    return {
+        "id": request_id,
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "system_fingerprint": fingerprint,
+        "choices": choices,
+    }

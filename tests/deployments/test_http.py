@@ -118,7 +118,7 @@ async def test_chat_log_probabilities_carry_the_bytes_of_parts_of_characters(htt
 
 async def test_the_developer_is_the_system(http):
     def messages(role):
-        return [{"role": role, "content": "spanish"}, {"role": "user", "content": PROMPT}]
+        return [{"role": role, "content": "spanish", "tool_call_id": "1"}, {"role": "user", "content": PROMPT}]
 
     system, developer = [(await chat(http, messages=messages(role))).json() for role in ("system", "developer")]
     assert developer["choices"] == system["choices"] and developer["usage"] == system["usage"]
