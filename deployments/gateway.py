@@ -78,7 +78,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: the routes close over this replica's service."""
-        app = create_http_app(self._service)
+        app = create_http_app(self._service, answers_carry_id=False)  # Serve's proxy sees to that
         add_adapter_routes(app, self._admin, self._config.settings.gateway.admin, lambda: self._config.refused)
         return app
 

@@ -29,6 +29,7 @@ class TokenCounters:
     def __init__(self, weights: TokenWeights) -> None:
         self._weights = weights
         self._counters: dict[str, float] = {}
+        self._shares: dict[str, float] = {}  # that requests came with; kept as long as the counter
         self._level = 0.0
         self._last: str | None = None  # whose requests were the last to be served, or given up, to the last
         self._absent: OrderedDict[str, None] = OrderedDict()  # tenants that may be forgotten, the first to go first
@@ -38,6 +39,10 @@ class TokenCounters:
 
     def __len__(self) -> int:
         return len(self._counters)
+
+    def set_share(self, tenant: str, share: float) -> None:
+        """From now on the tenant's share is this, whatever the weights say."""
+        self._shares[tenant] = share
 
     def lift(self, tenant: str, waiting: Collection[str]) -> None:
         """The tenant comes to wait, beside those who do already; it was not one of them."""
@@ -54,6 +59,7 @@ class TokenCounters:
         while len(self._absent) > _MOST_ABSENT:
             gone, _ = self._absent.popitem(last=False)
             self._counters.pop(gone, None)
+            self._shares.pop(gone, None)
 
     def prompt(self, tenant: str, tokens: int) -> None:
         """A prompt of the tenant was admitted."""
@@ -64,6 +70,7 @@ class TokenCounters:
         self._charge(tenant, self._weights.output)
 
     def _charge(self, tenant: str, tokens: float) -> None:
-        self._counters[tenant] = self[tenant] + tokens / self._weights.tenants.get(tenant, 1.0)
+        share = self._shares.get(tenant) or self._weights.tenants.get(tenant, 1.0)
+        self._counters[tenant] = self[tenant] + tokens / share
         if tenant in self._absent:
             self._absent.move_to_end(tenant)

@@ -150,9 +150,11 @@ class GenerationRequest:
     adapter: None for the base model, else what the adapter catalog resolves: a catalog name or a pinned
     reference such as ``local:/path`` or ``hub:org/name@<commit>``. adapter_digest: when set, the content the
     caller resolved; other content is refused, never served. tenant: who is asking, for
-    fairness among tenants; empty is the adapter's name. pooling: generate nothing, but answer with one embedding of
-    the prompt, the mean of its tokens' hidden states behind the last norm or the last token's; ``sampling`` means
-    nothing then.
+    fairness among tenants; empty is the adapter's name. share: that tenant's part of the service from now on; None
+    leaves it as the engine's settings say. api_token: with which the adapter's source showed it to the caller; the
+    engine itself has no use for it. pooling: generate nothing, but answer with one embedding of the
+    prompt, the mean of its tokens' hidden states behind the last norm or the last token's; ``sampling`` means nothing
+    then.
     """
 
     request_id: str
@@ -161,6 +163,8 @@ class GenerationRequest:
     adapter: str | None = None
     adapter_digest: str | None = None
     tenant: str = ""
+    share: float | None = None
+    api_token: str | None = field(default=None, repr=False)
     pooling: Pooling | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class WaitingQueue:
             if not sequence.preempted:
                 self._counters.lift(sequence.tenant, self._tenants)
             line = self._tenants[sequence.tenant] = []
+        if sequence.request.tenant and sequence.request.share is not None:
+            self._counters.set_share(sequence.tenant, sequence.request.share)
         sequence.waits_since = time.monotonic()
         sequence.queued_at = sequence.queued_at or sequence.waits_since
         insort(line, sequence, key=_in_line)

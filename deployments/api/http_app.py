@@ -18,6 +18,7 @@ from deployments.api import sse
 from deployments.api.body_limit import BodyLimit
 from deployments.api.generation import Generation
 from deployments.api.rendering import events, whole
+from deployments.api.request_id import HEADER, RequestId, current_request_id
 from deployments.api.service import CompletionService
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
@@ -27,10 +28,11 @@ from engine.request import InvalidRequest
 logger = logging.getLogger("ray.serve")
 
 
-def create_http_app(service: CompletionService) -> FastAPI:
-    """The routes, and the one error envelope for everything that can go wrong."""
+def create_http_app(service: CompletionService, *, answers_carry_id: bool = True) -> FastAPI:
+    """The routes, and the one error envelope for everything that can go wrong. answers_carry_id: see ``RequestId``."""
     app = FastAPI(title="LoRAFleet", docs_url="/docs", redoc_url=None, redirect_slashes=False)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    app.add_middleware(RequestId, answers=answers_carry_id)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -68,8 +70,15 @@ def create_http_app(service: CompletionService) -> FastAPI:
     async def refused(_: Request, error: Exception) -> JSONResponse:
         return _envelope(_explain(error))
 
-    for kind in (ApiError, InvalidRequest, AdapterError, Exception):
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        response = _envelope(_explain(error))  # sent from outside of every middleware
+        if answers_carry_id:
+            response.headers[HEADER] = current_request_id()
+        return response
+
+    for kind in (ApiError, InvalidRequest, AdapterError):
         app.add_exception_handler(kind, refused)
+    app.add_exception_handler(Exception, failed)
     return app
 
 
@@ -121,7 +130,7 @@ async def _event_stream(generation: Generation, body: CompletionBody | ChatBody)
 def _explain(error: Exception) -> ApiError:
     explained = from_exception(error)
     if explained.status == 500:
-        logger.error("request failed", exc_info=error)
+        logger.error("request %s failed", current_request_id(), exc_info=error)
     return explained
 
 

@@ -38,6 +38,21 @@ def test_a_token_counts_by_its_kind_and_its_tenants_share() -> None:
     assert (counters["plain"], counters["gold"]) == (120.0, 30.0)
 
 
+def test_a_share_that_comes_with_requests_goes_before_the_settings_and_is_forgotten_with_its_tenant() -> None:
+    counters = TokenCounters(TokenWeights(1.0, 2.0, {"gold": 4.0}))
+    queue = WaitingQueue(counters, 4)
+    for arrival, (tenant, share) in enumerate((("gold", 2.0), ("gold", None), ("plain", 0.5), ("other", None))):
+        request = GenerationRequest(f"r{arrival}", tuple(range(100)), tenant=tenant, share=share)
+        queue.add(Sequence(GenerationRequest.from_dict(request.to_dict()), arrival, max_tokens=200, seed=0))
+    for one in list(queue.ordered()):
+        queue.admit(one, ())
+    assert (counters["gold"], counters["plain"], counters["other"]) == (100.0, 200.0, 100.0)
+    for number in range(5000):
+        counters.lift(f"t{number}", ())
+        counters.leave(f"t{number}")
+    assert not counters._shares
+
+
 def test_time_away_earns_no_credit() -> None:
     counters = TokenCounters(TokenWeights())
     counters.lift("busy", ())
