@@ -19,6 +19,7 @@ from deployments.adapters.declaration_feed import DeclarationFeed
 from deployments.adapters.directory import AdapterDirectory
 from deployments.adapters.metrics import AdapterMetrics
 from deployments.adapters.routes import add_adapter_routes
+from deployments.api.embeddings import embed
 from deployments.api.generation import Generation
 from deployments.api.handle_errors import builtin_error
 from deployments.api.http_app import create_http_app
@@ -30,6 +31,7 @@ from deployments.live import LiveConfig
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import read_body, usage
 from deployments.protocol.completions import CompletionBody
+from deployments.protocol.embeddings import EmbeddingBody
 from deployments.protocol.errors import from_exception
 from deployments.replicas import ServedReplicas, ask_every
 from deployments.routing.routing_counters import counters
@@ -125,6 +127,13 @@ class Gateway:
                     if chunk.finish_reason is not None:
                         item["usage"] = usage(generation.prompt_tokens, generation.completion_tokens)
                     yield item
+        except Exception as error:
+            raise _told(error) from None
+
+    async def embed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What ``POST /v1/embeddings`` answers to this body. Raises as ``generate`` does."""
+        try:
+            return await embed(self._service, read_body(EmbeddingBody, request))
         except Exception as error:
             raise _told(error) from None
 

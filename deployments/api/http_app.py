@@ -16,14 +16,16 @@ from starlette.types import Receive, Scope, Send
 from adapter_store.errors import AdapterError
 from deployments.api import sse
 from deployments.api.body_limit import BodyLimit
+from deployments.api.embeddings import add_embedding_routes
 from deployments.api.generation import Generation
 from deployments.api.rendering import events, whole
 from deployments.api.request_id import HEADER, RequestId, current_request_id
 from deployments.api.service import CompletionService
+from deployments.api.tokenize import add_tokenize_routes
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
-from deployments.protocol.errors import ApiError, from_exception, from_validation
-from engine.request import InvalidRequest
+from deployments.protocol.errors import ApiError, ReplicaLost, from_exception, from_validation
+from engine.request import EngineOverloaded, GenerationFailed, InvalidRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,6 +56,9 @@ def create_http_app(service: CompletionService, *, answers_carry_id: bool = True
     async def chat_completions(body: ChatBody) -> Response:
         return await _respond(service, body)
 
+    add_embedding_routes(app, service)
+    add_tokenize_routes(app, service)
+
     @app.exception_handler(RequestValidationError)
     async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
         return _envelope(from_validation(error.errors()))
@@ -76,7 +81,7 @@ def create_http_app(service: CompletionService, *, answers_carry_id: bool = True
             response.headers[HEADER] = current_request_id()
         return response
 
-    for kind in (ApiError, InvalidRequest, AdapterError):
+    for kind in (ApiError, InvalidRequest, AdapterError, EngineOverloaded, GenerationFailed, ReplicaLost):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(Exception, failed)
     return app

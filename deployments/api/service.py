@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
@@ -24,7 +24,8 @@ from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception, invalid
 from deployments.protocol.models import model_list, model_object
 from engine.grammar import check_grammar
-from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, SamplingParams, check_length
+from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, Pooling, SamplingParams, check_length
+from engine.spec import ModelSpec
 from engine.tokenizer import Tokenizer
 
 Observer = Callable[[str, int, int, int], None]
@@ -71,13 +72,14 @@ class CompletionService:
         self.base_model = directory.base_model
         self.directory = directory
         self._folder = model_folder
-        self._tokenizer = Tokenizer.from_dir(model_folder)
+        self.tokenizer = Tokenizer.from_dir(model_folder)
         self._generator = generator
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
+        self.spec = ModelSpec.from_dir(model_folder)
         self.limits = limits or ServiceLimits()
         self._observe = observe
         self._started = int(time.time())
-        self._tool_format = tool_format(tool_form, self._tokenizer.template.text)
+        self._tool_format = tool_format(tool_form, self.tokenizer.template.text)
         self._fingerprint = f"fp_{_content_hash(model_folder)}"
 
     async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
@@ -85,13 +87,50 @@ class CompletionService:
 
         Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
         """
+        with self.failures() as known:
+            return await self._start(body, stream=stream, known=known)
+
+    @contextmanager
+    def failures(self) -> Iterator[list[str]]:
+        """Around what may fail before there is an answer, to observe it. Gives a list that takes the model's name once
+        it is known that there is such a model."""
         known: list[str] = []
         try:
-            return await self._start(body, stream=stream, known=known)
+            yield known
         except Exception as error:
             if self._observe is not None:
                 self._observe("".join(known), from_exception(error).status, 0, 0)
             raise
+
+    async def begin(self, generation: Generation) -> None:
+        """Wait until all of it has begun, and observe its end. Raises what ``Generation.begin`` does."""
+        await generation.begin()
+        if (observe := self._observe) is not None:
+            generation.ended = lambda prompts, completions: observe(generation.model, 200, prompts, completions)
+
+    async def encode(self, body: CompletionBody | ChatBody) -> list[list[int]]:
+        """The token ids that each of its prompts is. Raises InvalidRequest."""
+        return await self.directory.in_text_pool(self._prompts, body)
+
+    def request(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        adapter: ResolvedAdapter | None,
+        user: str | None,
+        sampling: SamplingParams | None = None,
+        pooling: Pooling | None = None,
+    ) -> GenerationRequest:
+        """One row, for who asks."""
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt),
+            sampling=sampling or SamplingParams(),
+            adapter=None if adapter is None else str(adapter.ref),
+            adapter_digest=None if adapter is None else adapter.digest,
+            tenant=user or "",
+            pooling=pooling,
+        )
 
     async def _start(self, body: CompletionBody | ChatBody, *, stream: bool, known: list[str]) -> Generation:
         """known: takes the model's name once it is known that there is such a model."""
@@ -104,21 +143,19 @@ class CompletionService:
                 "prompt" if n == 1 else "n" if n == body.n else "best_of",
                 f"{count} prompts x {n} are over the limit of {self.limits.max_choices} completions",
             )
-        if unknown := [token for token, _ in sampling.logit_bias if token >= self._tokenizer.vocab_size]:
+        if unknown := [token for token, _ in sampling.logit_bias if token >= self.tokenizer.vocab_size]:
             raise invalid(
                 "logit_bias",
-                f"logit_bias names token {unknown[0]} but {self._tokenizer.name} has {self._tokenizer.vocab_size}",
+                f"logit_bias names token {unknown[0]} but {self.tokenizer.name} has {self.tokenizer.vocab_size}",
             )
-        adapter, prompts = await asyncio.gather(
-            self._resolve(body.model, known), self.directory.in_text_pool(self._prompts, body)
-        )
+        adapter, prompts = await asyncio.gather(self.resolve(body.model, known), self.encode(body))
         if (wanted := body.wanted()) is not None:
             await self.directory.in_text_pool(partial(check_grammar, wanted.grammar, wanted.param))
         for prompt in prompts:
             check_length(
                 len(prompt),
                 sampling.max_tokens,
-                self._max_model_len,
+                self.max_model_len,
                 "messages" if chat else "prompt",
                 body.max_tokens_field,
             )
@@ -126,15 +163,9 @@ class CompletionService:
         streams: list[AsyncGenerator[GenerationChunk]] = []
         for number, prompt in enumerate(prompts):
             for sample in range(n):
-                request = GenerationRequest(
-                    request_id=f"{request_id}-{number * n + sample}",
-                    prompt_token_ids=tuple(prompt),
-                    sampling=_nth_sample(sampling, sample),
-                    adapter=None if adapter is None else str(adapter.ref),
-                    adapter_digest=None if adapter is None else adapter.digest,
-                    tenant=body.user or "",
-                )
-                streams.append(self._generate(request, body.model, whole=not stream))
+                place = f"{request_id}-{number * n + sample}"
+                request = self.request(place, prompt, adapter, body.user, _nth_sample(sampling, sample))
+                streams.append(self.generate(request, body.model, whole=not stream))
         echoes = (
             await self.directory.in_text_pool(self._echoes, body)
             if isinstance(body, CompletionBody) and body.echo
@@ -150,17 +181,15 @@ class CompletionService:
             kept=None if asked == n else asked,
             fingerprint=self._fingerprint if adapter is None else f"{self._fingerprint}_{adapter.digest[:10]}",
             echoes=[text for text in echoes for _ in range(asked)],
-            token_bytes=self._tokenizer.token_bytes,
+            token_bytes=self.tokenizer.token_bytes,
             tool_format=self._tool_format,
         )
         try:
-            await generation.begin()
+            await self.begin(generation)
         except InvalidRequest as error:
             if wanted is None or error.param != "grammar":
                 raise
             raise invalid(wanted.param, str(error), code=error.code) from error  # what the client calls it
-        if (observe := self._observe) is not None:
-            generation.ended = lambda prompts, completions: observe(body.model, 200, prompts, completions)
         return generation
 
     async def models(self) -> dict[str, Any]:
@@ -179,9 +208,7 @@ class CompletionService:
         """Give threads and connections back."""
         self.directory.close()
 
-    async def _generate(
-        self, request: GenerationRequest, model: str, *, whole: bool
-    ) -> AsyncGenerator[GenerationChunk]:
+    async def generate(self, request: GenerationRequest, model: str, *, whole: bool) -> AsyncGenerator[GenerationChunk]:
         """The fleet's chunks; an adapter published anew since it was looked up is looked up once more."""
         started = False
         try:
@@ -200,19 +227,20 @@ class CompletionService:
             async for chunk in chunks:
                 yield chunk
 
-    async def _resolve(self, model: str, known: list[str]) -> ResolvedAdapter | None:
+    async def resolve(self, model: str, known: list[str]) -> ResolvedAdapter | None:
+        """The content that a model's name means now; None for the base model. known: see ``failures``."""
         adapter = await self.directory.resolve(model)
         known.append(model)
         return adapter
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
-        most = self._max_model_len
+        most = self.max_model_len
         if isinstance(body, ChatBody):
-            return [self._tokenizer.encode_chat(body.plain_messages(), most, **body.template_arguments())]
-        return [self._tokenizer.encode(p, most_tokens=most) if isinstance(p, str) else p for p in body.prompts()]
+            return [self.tokenizer.encode_chat(body.plain_messages(), most, **body.template_arguments())]
+        return [self.tokenizer.encode(p, most_tokens=most) if isinstance(p, str) else p for p in body.prompts()]
 
     def _echoes(self, body: CompletionBody) -> list[str]:
-        return [p if isinstance(p, str) else self._tokenizer.decode(p) for p in body.prompts()]
+        return [p if isinstance(p, str) else self.tokenizer.decode(p) for p in body.prompts()]
 
     def _base_object(self) -> dict[str, Any]:
         return model_object(self.base_model, self._started, root=self._folder.name)

@@ -154,7 +154,7 @@ async def test_the_template_reads_tools_calls_and_their_answers(http, service, m
         seen.update(messages=messages, **options)
         return [5, 6]
 
-    monkeypatch.setattr(service._tokenizer, "encode_chat", encode_chat)
+    monkeypatch.setattr(service.tokenizer, "encode_chat", encode_chat)
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     messages = [
         *ASKED,
