@@ -58,6 +58,10 @@ class Catalog:
         """The same, with where the name comes from."""
         return self._names.find(name)
 
+    def name_of(self, ref: AdapterRef) -> str | None:
+        """A name that stands for this place; None when there is none. Asks nobody."""
+        return self._names.name_of(ref)
+
     def resolve(self, name: str) -> ResolvedAdapter:
         """Find the content that a client's ``name`` means now.
 

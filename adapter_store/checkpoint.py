@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,17 @@ _HEADER_ALLOWANCE = 16 << 20  # bytes of a weights file that are not tensor data
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # base_model.model.<path>.lora_A.weight; the prefix and the adapter name before "weight" are optional.
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+?)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModules:
+    """What an adapter does to which modules, by their paths in the base model.
+
+    promised: each one's rank and scale. pairs: its A (rank, in) and B (out, rank).
+    """
+
+    promised: Mapping[str, ModuleLora]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def max_weights_bytes(layout: AdapterLayout, max_rank: int) -> int:
@@ -63,25 +75,42 @@ def pack_files(
     types, another base model, a rank above ``max_rank``, values that are not finite in the slab's dtype.
     """
     try:
-        config = PeftConfig.parse(files.config)
-        _check_base_model(config.base_model, layout.base_model)
-        paths = [path for path, *_ in layout.modules()]
-        promised = config.modules(paths)
-        pairs = _pair_tensors(_parse_weights(files.weights), promised, frozenset(paths))
-        rank = max(module.rank for module in promised.values())
-        if rank > max_rank:
-            raise ValueError(
-                f"rank {rank} is above the largest slot class ({max_rank}); add a class or train a lower rank"
-            )
-        full = len(promised) == len(paths) and all(module.rank == packed_rank(rank) for module in promised.values())
-        slab = allocate(layout.slab_elements(rank))
-        if not full:  # zeroing takes as long as all the rest
-            slab.zero_()
-        _fill(slab, rank, layout, promised, pairs)
-        _check_finite(slab, pairs)
+        rank, slab = pack_modules(read_modules(files, layout), layout, max_rank, allocate)
     except ValueError as error:
         raise AdapterRefused(name, str(error)) from error
     return PackedAdapter(name, digest, rank, slab)
+
+
+def read_modules(files: CheckpointFiles, layout: AdapterLayout) -> LoraModules:
+    """What a checkpoint does to which modules. Its tensors are views of ``files``.
+
+    Raises ValueError for what ``pack_files`` refuses, but for ranks and values that are not finite.
+    """
+    config = PeftConfig.parse(files.config)
+    _check_base_model(config.base_model, layout.base_model)
+    paths = [path for path, *_ in layout.modules()]
+    promised = config.modules(paths)
+    modules = LoraModules(promised, _pair_tensors(_parse_weights(files.weights), promised, frozenset(paths)))
+    _check_shapes(modules, layout)
+    return modules
+
+
+def pack_modules(
+    modules: LoraModules, layout: AdapterLayout, max_rank: int, allocate: Callable[[int], Tensor]
+) -> tuple[int, Tensor]:
+    """The largest rank, and the slab: see ``pack_files``. Raises ValueError for its rank and values."""
+    promised = modules.promised
+    rank = max(module.rank for module in promised.values())
+    if rank > max_rank:
+        raise ValueError(f"rank {rank} is above the largest slot class ({max_rank}); add a class or train a lower rank")
+    count = sum(1 for _ in layout.modules())
+    full = len(promised) == count and all(module.rank == packed_rank(rank) for module in promised.values())
+    slab = allocate(layout.slab_elements(rank))
+    if not full:  # zeroing takes as long as all the rest
+        slab.zero_()
+    _fill(slab, rank, layout, modules)
+    _check_finite(slab, modules.pairs)
+    return rank, slab
 
 
 def _check_base_model(adapter_base: str, served: str) -> None:
@@ -154,13 +183,21 @@ def _hint(key: str) -> str:
     return ""
 
 
-def _fill(
-    slab: Tensor,
-    rank: int,
-    layout: AdapterLayout,
-    promised: Mapping[str, ModuleLora],
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-) -> None:
+def _check_shapes(modules: LoraModules, layout: AdapterLayout) -> None:
+    groups = [layout.lora_groups(layer) for layer in range(layout.num_layers)]
+    for path, layer, target, index in layout.modules():
+        if path not in modules.pairs:
+            continue
+        rank, group = modules.promised[path].rank, groups[layer][target.name]
+        shapes = (rank, group.in_features), (group.out_features[index], rank)
+        for half, tensor, shape in zip("AB", modules.pairs[path], shapes, strict=True):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"lora_{half} of {path!r} has shape {tuple(tensor.shape)} but base model and config make it {shape}"
+                )
+
+
+def _fill(slab: Tensor, rank: int, layout: AdapterLayout, modules: LoraModules) -> None:
     """Write every module to its place, in one thread and few calls: each takes the interpreter lock, and the step loop
     waits for it when several adapters are packed at a time."""
     rank = packed_rank(rank)
@@ -168,16 +205,11 @@ def _fill(
     a_targets: list[Tensor] = []
     a_sources: list[Tensor] = []
     for path, layer, target, index in layout.modules():
-        if path not in pairs:
+        if path not in modules.pairs:
             continue
-        (a, b), module = pairs[path], promised[path]
+        (a, b), module = modules.pairs[path], modules.promised[path]
         group = groups[layer][target.name]
         inputs, outputs = group.in_features, group.out_features[index]
-        for half, tensor, shape in zip("AB", (a, b), ((module.rank, inputs), (outputs, module.rank)), strict=True):
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"lora_{half} of {path!r} has shape {tuple(tensor.shape)} but base model and config make it {shape}"
-                )
         a_start, b_start = rank * group.a_unit(index), rank * group.b_unit(index)
         a_targets.append(slab[a_start : a_start + rank * inputs].view(rank, inputs)[: module.rank])
         a_sources.append(a)

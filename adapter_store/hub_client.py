@@ -7,7 +7,6 @@ session, headers, URLs and model listing are the library's. Messages never hold 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from huggingface_hub.utils import build_hf_headers, get_session
 from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, check_size
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest
 from adapter_store.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapter_store.hub_tokens import HubTokens
 from adapter_store.progress import Progress
 from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
@@ -37,17 +37,17 @@ _CHUNK_BYTES = 1 << 20
 
 
 class HubClient:
-    """A ``RemoteClient``. The token is read from the environment at each exchange, so it can be rotated, and kept
-    nowhere."""
+    """A ``RemoteClient``. tokens: whose token an exchange is made with."""
 
     immutable = True  # a commit has the same files for ever
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
+        self.tokens = HubTokens(settings)
 
     def listing(self, name: str, ref: AdapterRef, retries: int | None = None) -> Listing:
         """See ``RemoteClient``. The Hub lists what the digest is made of, unless the files are not kept as usual."""
-        api = HfApi(endpoint=self._settings.hub_endpoint, token=self._token(ref))
+        api = HfApi(endpoint=self._settings.hub_endpoint, token=self.tokens.of(ref))
         timeout = self._settings.limits(ref).timeout_s
         info = self._exchange(
             name,
@@ -70,6 +70,10 @@ class HubClient:
         pinned = AdapterRef("hub", ref.id, info.sha)
         return Listing(pinned, state_key(str(pinned)), digest, weights.size)
 
+    def is_lent(self, ref: AdapterRef) -> bool:
+        """See ``RemoteClient``."""
+        return self.tokens.is_lent(ref)
+
     def pin(self, listing: Listing, digest: str) -> AdapterRef:
         """Its commit."""
         del digest
@@ -91,7 +95,7 @@ class HubClient:
 
     def _download_once(self, name: str, ref: AdapterRef, file: str, target: Path, limit: int, deadline: float) -> None:
         url = hf_hub_url(ref.id, file, revision=ref.revision, endpoint=self._settings.hub_endpoint)
-        headers = build_hf_headers(token=self._token(ref), library_name="lorafleet")
+        headers = build_hf_headers(token=self.tokens.of(ref), library_name="lorafleet")
         limits = self._settings.limits(ref)
         # Redirects to a content network are followed without the authorization header (the session sees to it).
         with get_session().stream("GET", url, headers=headers, timeout=limits.timeout_s) as response:
@@ -110,10 +114,6 @@ class HubClient:
                         raise AdapterUnavailable(
                             name, f"{file} of {ref} did not arrive within {limits.download_timeout_s:g} s"
                         )
-
-    def _token(self, ref: AdapterRef) -> str | bool:
-        # False keeps the library from sending a token saved on this machine for something else.
-        return os.environ.get(self._settings.token_variable(ref)) or False
 
     def _exchange(
         self, name: str, ref: AdapterRef, work: Callable[[], T], retries: int | None, deadline: float | None = None

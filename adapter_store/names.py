@@ -13,6 +13,7 @@ from typing import Literal
 
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
+from adapter_store.merging_recipe import Merge, MergePart
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
 
@@ -48,12 +49,14 @@ class AdapterNames:
         for folder in self._folders:
             if not folder.is_dir():
                 raise ValueError(f"folders: {str(folder)!r} is not a folder; create it or correct the setting")
+        self._by_ref: dict[AdapterRef, str] | None = None
         self._lock = threading.Lock()
         self._scans: dict[Path, tuple[int, tuple[str, ...]]] = {}
 
     def with_runtime(self, runtime: Mapping[str, AdapterRef]) -> AdapterNames:
         """The same with these adapters, and no others, declared at run time."""
         made = copy.copy(self)  # shares what is known of the folders
+        made._by_ref = None
         made._runtime = {name: self.rooted(ref) for name, ref in runtime.items()}
         return made
 
@@ -83,11 +86,26 @@ class AdapterNames:
             "declare it under adapters or put it in an adapter folder",
         )
 
+    def name_of(self, ref: AdapterRef) -> str | None:
+        """A name that stands for this place, pinned or not; of several, any. Looks at no file."""
+        if self._by_ref is None:
+            known = {**self._runtime, **self._declared}
+            self._by_ref = {one.unpinned: name for name, one in known.items()}
+            self._by_ref |= {one: name for name, one in known.items()}
+        name = self._by_ref.get(ref) or self._by_ref.get(ref.unpinned)
+        if name is None and ref.source == "local" and Path(ref.id).parent in self._folders:
+            name = Path(ref.id).name
+        return name
+
     def rooted(self, ref: AdapterRef) -> AdapterRef:
-        """The reference with a local path made absolute, as the settings' other paths are."""
+        """The reference with local paths made absolute, as the settings' other paths are."""
+        if ref.source == "merge":
+            return Merge.of(ref).moved(self.rooted).ref
         return AdapterRef("local", str(self._settings.path(ref.id))) if ref.source == "local" else ref
 
     def _allowed(self, name: str) -> AdapterRef:
+        if Merge.is_meant(name):
+            return self._merged(name)
         try:
             ref = AdapterRef.parse(name)
         except ValueError as error:
@@ -102,6 +120,22 @@ class AdapterNames:
         if not inside or not any(fnmatchcase(bare, p) or fnmatchcase(str(ref), p) for p in self._settings.allow):
             raise AdapterNotFound(name, "clients may not name this reference; the operator can add it to allow")
         return ref
+
+    def _merged(self, name: str) -> AdapterRef:
+        """A merge of what clients may name, each part found as if it were named alone."""
+        try:
+            merge, most = Merge.parse(name), self._settings.merge_parts
+            if len(merge.parts) > most:
+                raise ValueError(f"it merges {len(merge.parts)} adapters; at most {most} may be (store.merge_parts)")
+            return merge.located(lambda part: self._part(name, part)).ref
+        except ValueError as error:
+            raise AdapterNotFound(name, str(error)) from error
+
+    def _part(self, whole: str, part: MergePart) -> AdapterRef:
+        try:
+            return self.find(part.called).ref
+        except AdapterNotFound as error:
+            raise part.error(whole, error) from None
 
     def _scan(self, folder: Path) -> tuple[str, ...]:
         """Names in a folder. The folder's own modification time says whether an entry came or went; a sub-folder that

@@ -72,6 +72,11 @@ class ObjectClient:
         """See ``RemoteClient``. Two exchanges, none of them long."""
         return self._exchange(name, ref, lambda: self._list(name, ref), retries)
 
+    def is_lent(self, ref: AdapterRef) -> bool:
+        """Never: object stores know this server only."""
+        del ref
+        return False
+
     def pin(self, listing: Listing, digest: str) -> AdapterRef:
         """Its content."""
         return AdapterRef(listing.ref.source, listing.ref.id, digest)

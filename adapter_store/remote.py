@@ -40,6 +40,10 @@ class RemoteClient(Protocol):
         """
         ...
 
+    def is_lent(self, ref: AdapterRef) -> bool:
+        """Whether ``ref`` is read with a caller's credentials now, so that a failure is that caller's alone."""
+        ...
+
     def pin(self, listing: Listing, digest: str) -> AdapterRef:
         """The reference of just this content."""
         ...

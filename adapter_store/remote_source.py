@@ -69,6 +69,13 @@ class RemoteSource:
             raise error.named(name) from None
         return ResolvedAdapter(name, answer.pinned, answer.digest)
 
+    def prove(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
+        """What the server shows of ``ref`` now, to whoever this thread asks for (see ``HubTokens``). What others were
+        told counts for nothing, and a failure is not remembered. Raises as ``resolve`` does."""
+        listing = self._client.listing(name, ref)
+        digest = self._digest(name, ref, listing)
+        return ResolvedAdapter(name, self._client.pin(listing, digest), digest)
+
     def recall(self, name: str, ref: AdapterRef) -> ResolvedAdapter | None:
         """What the server last said, as long as that counts, and while somebody else waits for the next word."""
         now = time.monotonic()
@@ -97,11 +104,14 @@ class RemoteSource:
         if files is not None:
             return files
         limit = min(max_weights_bytes or self._max_bytes(resolved.ref), self._max_bytes(resolved.ref))
-        self._failures.check(resolved.ref, resolved.name)
+        lent = self._client.is_lent(resolved.ref)
+        if not lent:
+            self._failures.check(resolved.ref, resolved.name)
         try:
             return self._download(resolved.name, resolved.ref, None, limit, resolved.digest)[1]
         except (AdapterUnavailable, AdapterNotFound) as error:  # a refusal may depend on who asks: see its limit
-            self._failures.add(resolved.ref, error)
+            if not lent:
+                self._failures.add(resolved.ref, error)
             raise error.named(resolved.name) from None
 
     def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:

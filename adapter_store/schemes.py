@@ -14,7 +14,7 @@ def scheme_mistake(scheme: str) -> str | None:
     except ImportError:
         return None  # not installed: that is said when the file system is opened
     known = {*available_protocols(), *registry}
-    if scheme in {"local", "hub"} or scheme in known:
+    if scheme in {"local", "hub", "merge"} or scheme in known:
         return None
     others = ", ".join(sorted(known - EXTRAS.keys() - {"local"}))
     return f"there is no scheme {scheme!r}; known are local:, hub:, s3://, gs://, and fsspec's others: {others}"

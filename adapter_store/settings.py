@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapter_store.merging_recipe import MOST_PARTS
 from adapter_store.source import AdapterRef
 from adapter_store.source_settings import Limits, SourceSettings
 
@@ -23,6 +24,7 @@ class StoreSettings:
     allow: patterns (``hub:acme/*``, ``s3://acme/*``) of references that clients may name directly; ``*`` crosses
     slashes.
     cache_dir: where downloads are kept between runs; cache_bytes: how much of them.
+    merge_parts: most adapters that a client may have merged into one; 0 for no merges but those in ``adapters``.
     host_cache_bytes: host memory for packed adapters; an engine needs room for one of its largest slots.
     hub_endpoint: None is the public Hub. hub_token_env: environment variable that holds the access token.
     sources: the beginning of references (``s3://acme-adapters``, ``hub:acme``) -> how that source is reached; of
@@ -37,6 +39,7 @@ class StoreSettings:
     adapters: Mapping[str, str] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
+    merge_parts: int = 8
     cache_dir: str = "~/.cache/lorafleet"
     cache_bytes: int = 64 << 30
     host_cache_bytes: int = 4 << 30
@@ -69,6 +72,7 @@ class StoreSettings:
             raise ValueError(f"hub_endpoint is {self.hub_endpoint!r} but must be a URL such as https://huggingface.co")
         limits = (
             ("host_cache_bytes", self.host_cache_bytes >= 0, "0 or more"),
+            ("merge_parts", 0 <= self.merge_parts <= MOST_PARTS, f"between 0 and {MOST_PARTS}"),
             ("cache_bytes", self.cache_bytes >= 0, "0 or more"),
             ("hub_download_timeout_s", self.hub_download_timeout_s > 0, "above 0"),
             ("hub_max_bytes", self.hub_max_bytes > 0, "above 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -26,7 +27,8 @@ class Slot:
 
     index: row of the slot table, what the kernels take as the adapter's index. offset: first element in the arena.
     class_rank: the largest rank that fits. rank: the adapter's rank. refs: requests that use it now.
-    pinned: never given to another adapter.
+    pinned: never given to another adapter. name: what the adapter was first asked for as. used_at: when a request last
+    took or gave back a reference, ``time.monotonic()`` seconds.
     """
 
     index: int
@@ -38,6 +40,8 @@ class Slot:
     refs: int = 0
     loaded: bool = False
     pinned: bool = False
+    name: str = ""
+    used_at: float = 0.0
     _copied: torch.cuda.Event | None = field(default=None, repr=False)
     _last_read: torch.cuda.Event | None = field(default=None, repr=False)
 
@@ -53,6 +57,21 @@ class Residency:
     adapters: Mapping[str, int]
     capacity: Mapping[int, int]
     free: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPicture:
+    """One slot now, for people to look at; digest: None for an empty one. idle_s: seconds since a request last came or
+    left. The others as in ``Slot``."""
+
+    class_rank: int
+    digest: str | None = None
+    name: str = ""
+    rank: int = 0
+    refs: int = 0
+    loaded: bool = False
+    pinned: bool = False
+    idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +192,7 @@ class SlotPool:
         if slot is None:
             return None if rank is None else self._assign(digest, rank, spare)
         slot.refs += 1
+        slot.used_at = time.monotonic()
         self._hits += 1
         if slot.loaded:
             self._eviction.used(digest)
@@ -193,7 +213,7 @@ class SlotPool:
         row[0], row[1] = slot.offset, packed_rank(packed.rank)
         writes = ((target, packed.slab), (self.slot_table[slot.index], row))
         slot._copied = self._copies.start(packed, writes, behind=slot._last_read, done=done)
-        slot.rank = packed.rank
+        slot.rank, slot.name = packed.rank, packed.name
         slot.loaded = True
         # Alike in slots, whatever its size and source: each takes a slot of its class, and a copy brings it back.
         self._eviction.added(packed.digest, 1, 1.0)
@@ -231,6 +251,7 @@ class SlotPool:
         assert slot.refs > 0, "released more often than acquired"
         assert slot.digest is not None
         slot.refs -= 1
+        slot.used_at = time.monotonic()
         self.changes += slot.refs == 0
         slot._last_read = self._last_step
         if slot.loaded:
@@ -297,6 +318,25 @@ class SlotPool:
             self.arena.nbytes,
         )
 
+    def pictures(self) -> list[SlotPicture]:
+        """Every slot as it is now, in the order of the slot table. Any thread."""
+        now = time.monotonic()
+        return [
+            SlotPicture(slot.class_rank)
+            if slot.digest is None
+            else SlotPicture(
+                slot.class_rank,
+                slot.digest,
+                slot.name,
+                slot.rank,
+                slot.refs,
+                slot.loaded,
+                slot.pinned,
+                max(0.0, now - slot.used_at),
+            )
+            for slot in self._slots
+        ]
+
     @property
     def pinned(self) -> tuple[str, ...]:
         """Digests of the pinned adapters. Any thread."""
@@ -320,7 +360,8 @@ class SlotPool:
             self._exhausted += 1
             return None
         self._misses += 1
-        slot.digest, slot.rank, slot.refs = digest, rank, 1
+        slot.digest, slot.name, slot.rank, slot.refs = digest, "", rank, 1
+        slot.used_at = time.monotonic()
         self._resident[digest] = slot
         return slot
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
     from adapter_store.load_stats import SourceStats
+    from adapter_store.merging_recipe import Merge
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
@@ -21,11 +22,13 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """Where an adapter is kept: a folder, a repository of the Hub, or a prefix in an object store.
+    """Where an adapter is kept: a folder, a repository of the Hub, or a prefix in an object store; or what it is made
+    of.
 
     Written ``local:<folder>``, ``hub:<org>/<name>[@<revision>]``, or ``<scheme>://<bucket>/<prefix>[@<digest>]`` with
     any scheme of fsspec, such as ``s3`` or ``gs``. ``source`` is ``local``, ``hub`` or the scheme. The revision of an
-    object store is the content digest that the files must have.
+    object store is the content digest that the files must have. ``merge:<JSON>`` is several others, see
+    ``merging_recipe.Merge``; it has a digest for a revision as soon as all of theirs stand in it.
     """
 
     source: str
@@ -39,6 +42,8 @@ class AdapterRef:
         Raises ValueError for another scheme, or a repository, path or revision that could not be one (so that a
         reference can never climb out of what an allow-list pattern or a server's API path means).
         """
+        if text.startswith("merge:"):
+            return _merge(text).ref
         url = _URL.fullmatch(text)
         if url is not None:
             return cls._parse_url(url["scheme"], url["rest"])
@@ -71,7 +76,9 @@ class AdapterRef:
             )
         text, path = f"{scheme}://{rest}", path.removesuffix("/")
         parts = path.removeprefix("/").split("/") if scheme == "file" else path.split("/")
-        if scheme in {"local", "hub"} or not all(_URL_PART.fullmatch(p) and p not in {".", ".."} for p in parts):
+        if scheme in {"local", "hub", "merge"} or not all(
+            _URL_PART.fullmatch(p) and p not in {".", ".."} for p in parts
+        ):
             raise ValueError(
                 f"adapter reference {text!r} names no folder of an object store; write {scheme}://bucket/prefix "
                 "without '.', '..', empty parts, spaces, or any of * ? [ ] { } # % : @ \\"
@@ -91,7 +98,7 @@ class AdapterRef:
     @classmethod
     def is_meant(cls, text: str) -> bool:
         """Whether this is meant as a reference at all, and not as a name."""
-        return text.startswith(("local:", "hub:")) or cls.is_url(text)
+        return text.startswith(("local:", "hub:", "merge:")) or cls.is_url(text)
 
     @property
     def pinned(self) -> bool:
@@ -112,16 +119,27 @@ class AdapterRef:
 
     @property
     def owner(self) -> str:
-        """Whose server or account it is on: ``local``, ``hub:org``, ``s3://bucket``."""
+        """Whose server or account it is on: ``local``, ``hub:org``, ``s3://bucket``; of a merge, the first that is not
+        ``local``."""
+        if self.source == "merge":
+            return next((part.owner for part in self.parts if part.source != "local"), "local")
         first = self.id.partition("/")[0]
         return "local" if self.source == "local" else f"{self.source}{self._separator}{first}"
 
     @property
+    def parts(self) -> tuple[AdapterRef, ...]:
+        """Those that a merge is made of; else itself alone."""
+        if self.source != "merge":
+            return (self,)
+        return tuple(part.ref for part in _merge(self.id).parts if part.ref is not None)
+
+    @property
     def _separator(self) -> str:
-        return ":" if self.source in {"local", "hub"} else "://"
+        return ":" if self.source in {"local", "hub", "merge"} else "://"
 
     def __str__(self) -> str:
-        return f"{self.source}{self._separator}{self.id}" + (f"@{self.revision}" if self.revision else "")
+        said = self.revision is not None and self.source != "merge"
+        return f"{self.source}{self._separator}{self.id}" + (f"@{self.revision}" if said else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +153,12 @@ class ResolvedAdapter:
     name: str
     ref: AdapterRef
     digest: str
+
+
+def _merge(text: str) -> Merge:
+    from adapter_store.merging_recipe import Merge  # noqa: PLC0415 - which is made of references
+
+    return Merge.parse(text)
 
 
 class AdapterSource(Protocol):

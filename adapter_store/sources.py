@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from adapter_store.disk_cache import DiskCache
 from adapter_store.hub_client import HubClient
 from adapter_store.load_stats import SourceStats
 from adapter_store.local_source import LocalSource
+from adapter_store.merging_source import MergingSource
 from adapter_store.object_client import ObjectClient
 from adapter_store.remote_source import RemoteSource
 from adapter_store.settings import StoreSettings
-from adapter_store.source import AdapterRef, AdapterSource
+from adapter_store.source import AdapterRef, AdapterSource, ResolvedAdapter
 
 
 class Sources:
@@ -18,12 +21,27 @@ class Sources:
     def __init__(self, settings: StoreSettings) -> None:
         self._local = LocalSource()
         self.disk = DiskCache(settings.path(settings.cache_dir) / "adapters", settings.cache_bytes)
-        self._hub = RemoteSource(settings, HubClient(settings), self.disk)
+        hub_client = HubClient(settings)
+        self._hub_tokens = hub_client.tokens
+        self._hub = RemoteSource(settings, hub_client, self.disk)
         self._objects = RemoteSource(settings, ObjectClient(settings), self.disk)
+        self._merging = MergingSource(self.of)
 
     def of(self, ref: AdapterRef) -> AdapterSource:
         """The source that keeps what ``ref`` names."""
-        return {"local": self._local, "hub": self._hub}.get(ref.source, self._objects)
+        return {"local": self._local, "hub": self._hub, "merge": self._merging}.get(ref.source, self._objects)
+
+    def prove_on_hub(self, name: str, ref: AdapterRef, token: str) -> ResolvedAdapter:
+        """What the Hub shows of ``ref`` now to who has ``token``, or to anybody where that is empty.
+
+        Raises AdapterNotFound, AdapterRefused or AdapterUnavailable.
+        """
+        with self._hub_tokens.as_caller(token):
+            return self._hub.prove(name, ref)
+
+    def lend_token(self, ref: AdapterRef, token: str) -> AbstractContextManager[None]:
+        """Meanwhile the content of ``ref`` is read with a caller's token, which its source showed it to."""
+        return self._hub_tokens.lent(ref, token)
 
     def stats(self) -> SourceStats:
         """What all of them did so far."""

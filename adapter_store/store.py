@@ -17,6 +17,7 @@ from adapter_store.failures import RecentFailures
 from adapter_store.host_cache import ROOM_ALIGNMENT, Allocation, HostCache, HostMemoryFull, Room
 from adapter_store.layout import AdapterLayout
 from adapter_store.load_stats import LoadMeter, StoreStats
+from adapter_store.merging import pack_merged
 from adapter_store.packed import PackedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
@@ -138,17 +139,26 @@ class AdapterStore:
 
     def _pack(self, resolved: ResolvedAdapter, allocation: Allocation) -> PackedAdapter:
         started = time.monotonic()
-        packing = _Packing(lambda files: self._pack_files(files, resolved, allocation))
         try:
-            files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank), packing.begin)
-            try:
-                packed = packing.result(files)
-            finally:
-                files.discard()
+            packed = (self._pack_merged if resolved.ref.source == "merge" else self._pack_one)(resolved, allocation)
         except AdapterRefused as error:
             self._failures.add(resolved.digest, error)
             raise
         return allocation.keep(replace(packed, load_seconds=time.monotonic() - started))
+
+    def _pack_one(self, resolved: ResolvedAdapter, allocation: Allocation) -> PackedAdapter:
+        packing = _Packing(lambda files: self._pack_files(files, resolved, allocation))
+        files = self.catalog.fetch(resolved, max_weights_bytes(self._layout, self._max_rank), packing.begin)
+        try:
+            return packing.result(files)
+        finally:
+            files.discard()
+
+    def _pack_merged(self, resolved: ResolvedAdapter, allocation: Allocation) -> PackedAdapter:
+        with self._packed.measure() as work:
+            packed = pack_merged(resolved, self.catalog.fetch, self._layout, self._max_rank, allocation.slab)
+            work.bytes = packed.nbytes
+        return packed
 
     def _pack_files(self, files: CheckpointFiles, resolved: ResolvedAdapter, allocation: Allocation) -> PackedAdapter:
         with self._packed.measure() as work:

@@ -161,9 +161,9 @@ def adapter_mistakes(settings: FleetSettings, place: str) -> Iterator[str]:
         yield f"args.model_name: {error}"
     yield from scheme_mistakes(settings, place)
     for name, text in settings.adapters.items():
-        ref = AdapterRef.parse(text)
-        if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():
-            yield f"{place}.adapters[{name!r}]: there is no {CONFIG_FILE} in {store.path(ref.id)}"
+        for ref in AdapterRef.parse(text).parts:
+            if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():
+                yield f"{place}.adapters[{name!r}]: there is no {CONFIG_FILE} in {store.path(ref.id)}"
 
 
 def warnings(file: Path) -> Iterator[str]:

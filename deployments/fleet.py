@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
+from opentelemetry.trace import NoOpTracer, Tracer
 from ray.exceptions import RayActorError, RaySystemError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from deployments import wire
+from deployments.observability.request_record import RequestRecord
+from deployments.observability.spans import route_span
+from deployments.observability.tracing import carried
 from deployments.protocol.errors import ReplicaLost, server_stopping
 from engine.request import EngineDead, EngineOverloaded, GenerationChunk, GenerationRequest
 
@@ -38,11 +43,11 @@ class Generator(Protocol):
     """What turns a request into chunks: the fleet, or one engine in the same process."""
 
     def generate(
-        self, request: GenerationRequest, model: str, *, whole: bool = False
+        self, request: GenerationRequest, model: str, record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
-        """Chunks until one has a finish reason; ``whole`` gives all of it as one chunk.
+        """Chunks until one has a finish reason; all of it as one chunk where ``record.whole`` says so.
 
-        ``model`` is the client's name for the adapter, for messages.
+        ``model`` is the client's name for the adapter, for messages. Writes down in ``record`` where it ran.
         Raises InvalidRequest, EngineOverloaded, GenerationFailed, an AdapterError or ReplicaLost.
         """
         ...
@@ -51,7 +56,8 @@ class Generator(Protocol):
 class Fleet:
     """All LoraReplicas behind a Serve handle."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer or NoOpTracer()
         # Made here, so that the router and its news exist before the first request.
         self._handle = handle.options(stream=True, method_name="stream")
         self._responses: set[Any] = set()  # that are not complete
@@ -64,7 +70,7 @@ class Fleet:
             response.cancel()
 
     async def generate(
-        self, request: GenerationRequest, model: str, *, whole: bool = False
+        self, request: GenerationRequest, model: str, record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
         """See ``Generator``. A request of which nothing was given out yet goes to another replica, twice at most,
         when its replica dies or has a full queue; but once only when its replica's engine breaks, which the request
@@ -74,7 +80,7 @@ class Fleet:
         for attempt in range(RETRIES + 1):
             started = False
             try:
-                async with aclosing(self._attempt(request, model, avoid, whole)) as chunks:
+                async with aclosing(self._attempt(request, model, avoid, record)) as chunks:
                     async for chunk in chunks:
                         started = True
                         yield chunk
@@ -95,15 +101,19 @@ class Fleet:
                     raise ReplicaLost("no replica answered: try again in a moment", started=False) from error
 
     async def _attempt(
-        self, request: GenerationRequest, model: str, avoid: list[str], whole: bool
+        self, request: GenerationRequest, model: str, avoid: list[str], record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
         handle = self._handle.options(multiplexed_model_id=request.adapter_digest or "")
-        routing = {"prompt_tokens": len(request.prompt_token_ids), "tenant": request.tenant, "avoid": tuple(avoid)}
-        response = handle.remote(request.to_dict(), whole, routing=routing)
-        finished = False
+        routing: dict[str, Any] = {"avoid": tuple(avoid), "trace": carried(record.span)}
+        asked_ns = time.time_ns()
+        response = handle.remote(request.to_dict(), record.whole, routing=routing)
+        finished = routed = False
         self._responses.add(response)
         try:
             async for item in response:
+                if not routed:
+                    routed = True
+                    self._routed(routing, asked_ns, record)
                 if "error" in item:
                     finished = True
                     avoid.append(item["replica"])
@@ -121,11 +131,19 @@ class Fleet:
                 raise EngineOverloaded(str(error)) from error
             raise
         finally:
+            if not routed:
+                self._routed(routing, asked_ns, record)
             self._responses.discard(response)
             self._stopped.discard(response)
             # Dropping a response does not stop the replica; only this does.
             if not finished:
                 response.cancel()
+
+    def _routed(self, routing: dict[str, Any], asked_ns: int, record: RequestRecord) -> None:
+        """The router has written down in ``routing`` what it chose, unless it never came to that."""
+        record.replica, record.reason = routing.get("replica", ""), routing.get("reason", "")
+        if record.span.is_recording():
+            route_span(self._tracer, record.span, asked_ns, routing)
 
 
 def _cancelled() -> bool:

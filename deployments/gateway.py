@@ -17,7 +17,6 @@ from adapter_store.catalog import Catalog
 from deployments.adapters.admin import AdapterAdmin
 from deployments.adapters.declaration_feed import DeclarationFeed
 from deployments.adapters.directory import AdapterDirectory
-from deployments.adapters.metrics import AdapterMetrics
 from deployments.adapters.routes import add_adapter_routes
 from deployments.api.embeddings import embed
 from deployments.api.generation import Generation
@@ -28,6 +27,11 @@ from deployments.draining import Drain
 from deployments.fleet import Fleet
 from deployments.hub import find_hub
 from deployments.live import LiveConfig
+from deployments.observability.catalog import GATEWAY
+from deployments.observability.publisher import MetricPublisher
+from deployments.observability.request_metrics import PERIOD_SECONDS, RequestMetrics
+from deployments.observability.telemetry import Telemetry
+from deployments.observability.tracing import IncomingTrace, Tracing
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import read_body, usage
 from deployments.protocol.completions import CompletionBody
@@ -36,6 +40,7 @@ from deployments.protocol.errors import from_exception
 from deployments.replicas import ServedReplicas, ask_every
 from deployments.routing.routing_counters import counters
 from deployments.settings import FleetSettings
+from deployments.tenants.gate import Gate
 from engine.request import GenerationChunk
 
 logger = logging.getLogger("ray.serve")
@@ -51,12 +56,16 @@ class Gateway:
         for item in handle.options(stream=True).stream.remote({...}): ...
 
     The dict holds what the body of ``/v1/completions`` (``prompt``) or ``/v1/chat/completions`` (``messages``)
-    holds. Errors are built-in exceptions: see ``handle_errors``.
+    holds. A ``tenant`` beside them is whose request it is: what that tenant may use and how much holds for it. Without,
+    everything may be used: who can call a handle is code of this cluster. ``api_token``: see ``Caller``. Errors are
+    built-in exceptions: see ``handle_errors``.
     """
 
     def __init__(self, replicas: DeploymentHandle, settings: dict[str, Any]) -> None:
         args = FleetSettings.model_validate(settings)
         limits = args.service_limits()
+        keys_file = args.gateway.keys_file
+        self._gate = Gate(None if keys_file is None else args.path(keys_file), stated_open=args.gateway.open)
         self._replicas = replicas
         self._config = LiveConfig(args)
         catalog, declares = Catalog(args.store_settings()), args.gateway.admin != "off"
@@ -64,7 +73,11 @@ class Gateway:
         self._hub_found = False
         self._feed = DeclarationFeed(self._find_hub, self._directory.hear)
         self._directory.feed = self._feed
-        fleet = Fleet(replicas)
+        name = serve.get_replica_context().replica_id.unique_id
+        self._tracing = Tracing(args.tracing.endpoint, args.tracing.sample, name)
+        metrics = RequestMetrics(args.gateway.metric_adapters, args.gateway.metric_tenants)
+        self._metrics = MetricPublisher(GATEWAY, metrics.read, PERIOD_SECONDS)
+        fleet = Fleet(replicas, self._tracing.tracer)
         self._drain = Drain(args.gateway_grace_s(), fleet.stop)
         self._service = CompletionService(
             self._directory,
@@ -72,16 +85,25 @@ class Gateway:
             fleet,
             args.max_model_len(),
             limits,
-            AdapterMetrics(args.gateway.metric_adapters).count,
+            Telemetry(metrics, self._tracing.tracer),
             args.gateway.tool_format,
+            self._gate.admissions,
         )
         load_seconds = args.store_settings().hub_download_timeout_s
         self._admin = AdapterAdmin(self._directory, self._feed, ServedReplicas(replicas), load_seconds)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: the routes close over this replica's service."""
-        app = create_http_app(self._service, answers_carry_id=False)  # Serve's proxy sees to that
-        add_adapter_routes(app, self._admin, self._config.settings.gateway.admin, lambda: self._config.refused)
+        section = self._config.settings.gateway
+        app = create_http_app(
+            self._service,
+            keys=self._gate.keys,
+            cors_origins=section.cors_origins,
+            answers_carry_id=False,  # Serve's proxy sees to that
+        )
+        if self._tracing.on:
+            app.add_middleware(IncomingTrace)
+        add_adapter_routes(app, self._admin, section.admin, lambda: self._config.refused)
         return app
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
@@ -93,7 +115,13 @@ class Gateway:
     async def check_health(self) -> None:
         """Called by Serve, on the loop that requests run on: the ear for declarations opens here at the latest."""
         self._feed.start()
+        self._metrics.start()
         self._drain.start()
+        self._gate.start()
+
+    async def __del__(self) -> None:
+        """Called by Serve at the end."""
+        await asyncio.to_thread(self._tracing.close)
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """One whole answer: ``{"id", "model", "text", "token_ids", "finish_reason", "stop_reason", "logprobs",
@@ -133,13 +161,13 @@ class Gateway:
     async def embed(self, request: dict[str, Any]) -> dict[str, Any]:
         """What ``POST /v1/embeddings`` answers to this body. Raises as ``generate`` does."""
         try:
-            return await embed(self._service, read_body(EmbeddingBody, request))
+            return await embed(self._service, read_body(EmbeddingBody, request), self._gate.caller(request))
         except Exception as error:
             raise _told(error) from None
 
-    async def models(self) -> list[dict[str, Any]]:
-        """The base model and the adapters that may be named, as ``GET /v1/models`` lists them."""
-        return (await self._service.models())["data"]
+    async def models(self, tenant: str | None = None) -> list[dict[str, Any]]:
+        """The base model and the adapters that may be named (by this tenant), as ``GET /v1/models`` lists them."""
+        return (await self._service.models(self._gate.caller({"tenant": tenant})))["data"]
 
     async def fleet_stats(self) -> list[dict[str, Any]]:
         """``LoraReplica.stats()`` of every replica that answers."""
@@ -160,7 +188,8 @@ class Gateway:
     async def _start(self, request: dict[str, Any], *, stream: bool) -> Generation:
         try:
             chat = isinstance(request, dict) and "messages" in request
-            return await self._service.start(read_body(ChatBody if chat else CompletionBody, request), stream=stream)
+            body = read_body(ChatBody if chat else CompletionBody, request)
+            return await self._service.start(body, stream=stream, caller=self._gate.caller(request))
         except Exception as error:
             raise _told(error) from None
 

@@ -34,14 +34,12 @@ class Reason(StrEnum):
 class PlacementRequest:
     """One request to be placed.
 
-    adapter: short key of its adapter, "" for the base model. rank: of the adapter, 0 where unknown. prompt_tokens,
-    tenant: nothing here depends on them. avoid: names of replicas that just failed or refused it.
+    adapter: short key of its adapter, "" for the base model. avoid: names of replicas that just failed or refused it.
+    What it does not say, as no rule has a use for it: the adapter's rank, which only replicas that loaded it know; the
+    prompt's length, which every replica has to compute alike; the tenant, whose share is the scheduler's business.
     """
 
     adapter: str = ""
-    rank: int = 0
-    prompt_tokens: int = 0
-    tenant: str = ""
     avoid: frozenset[str] = frozenset()
 
 
@@ -141,19 +139,19 @@ def _rank_for_adapter(
             elsewhere = roomy & (loads < sooner)
             elsewhere[warm] = False
             at_hand = [index for index in cached if elsewhere[index]]
-            ranking.add(at_hand[:1] or _home(view, weights, elsewhere, request.rank), Reason.SPREAD)
+            ranking.add(at_hand[:1] or _home(view, weights, elsewhere), Reason.SPREAD)
     ranking.add(resident, Reason.RESIDENT)
     ranking.add(loading, Reason.LOADING)
     ranking.add(spare, Reason.RESIDENT)
     at_once = max(bound, policy.spill_at)
     ranking.add([index for index in cached if loads[index] <= at_once], Reason.HOST_CACHED)
-    ranking.add(_home(view, weights, roomy, request.rank) or _home(view, weights, able, request.rank), Reason.HOME)
+    ranking.add(_home(view, weights, roomy) or _home(view, weights, able), Reason.HOME)
     ranking.add(cached, Reason.HOST_CACHED)
 
 
-def _home(view: FleetView, weights: npt.NDArray[np.uint64], allowed: npt.NDArray[np.bool_], rank: int) -> list[int]:
-    """The heaviest of those allowed, one that has a slot for the rank if there is one; nobody if none is allowed."""
-    for fitting in (allowed & (view.room >= max(rank, 1)), allowed):
+def _home(view: FleetView, weights: npt.NDArray[np.uint64], allowed: npt.NDArray[np.bool_]) -> list[int]:
+    """The heaviest of those allowed, one that has a slot to give if there is one; nobody if none is allowed."""
+    for fitting in (allowed & view.room, allowed):
         heaviest = int(np.where(fitting, weights, 0).argmax())
         if fitting[heaviest]:
             return [heaviest]

@@ -23,8 +23,12 @@ from deployments.hub import HUB_METADATA, HUB_NAME
 from deployments.live import LiveConfig
 from deployments.news.holdings import Holdings
 from deployments.news.publisher import NewsPublisher
+from deployments.observability import replica_metrics
+from deployments.observability.catalog import REPLICA
+from deployments.observability.publisher import MetricPublisher, Reading
+from deployments.observability.spans import generation_span
+from deployments.observability.tracing import Tracing
 from deployments.pacing import StreamPacing, paced, together
-from deployments.replica_metrics import ReplicaMetrics
 from deployments.routing.arrivals import Arrivals
 from deployments.routing.fleet_view import ReplicaLoad
 from deployments.routing.short_key import short_key
@@ -75,7 +79,10 @@ class LoraReplica:
             self._open.push_async_callback(self._pins.close)
         self._feed.start()
         self._open.push_async_callback(self._feed.close)
-        self._metrics = ReplicaMetrics(self._engine, lambda: self._config.refused)
+        self._tracing = Tracing(parsed.tracing.endpoint, parsed.tracing.sample, self._name)
+        self._open.push_async_callback(asyncio.to_thread, self._tracing.close)
+        self._metrics = MetricPublisher(REPLICA, self._read_metrics, replica_metrics.PERIOD_SECONDS)
+        self._metrics.start()
         self._open.push_async_callback(self._metrics.close)
         self._publisher = NewsPublisher(self._name, self._holdings, self._load, _own_hub)
         self._open.push_async_callback(self._publisher.close)
@@ -94,8 +101,10 @@ class LoraReplica:
     ) -> AsyncGenerator[dict[str, Any]]:
         """The engine's chunks for one ``GenerationRequest``, as plain dicts; a refusal is the last item.
 
-        whole: one item with all of it. routing: what the router read before the request came here, and its reason.
+        whole: one item with all of it. routing: what the router read before the request came here, and its reason;
+        ``trace``: the span that this one is part of, see ``tracing.carried``.
         """
+        routing = routing or {}
         self._streams += 1
         if self._streams == 1:
             self._publisher.changed()
@@ -103,14 +112,16 @@ class LoraReplica:
             asked = GenerationRequest.from_dict(request)
             self._heat.asked(asked.adapter, asked.adapter_digest)
             with (
-                self._adapters.used_by_request(asked.adapter, asked.adapter_digest),
-                self._told(asked.adapter_digest, routing or {}),
+                self._adapters.used_by_request(asked.adapter, asked.adapter_digest, asked.api_token),
+                self._told(asked.adapter_digest, routing),
+                generation_span(self._tracing.tracer, routing.get("trace", {}), asked, self._name) as progress,
             ):
                 self._request_ids.add(asked.request_id)
                 chunks = self._engine.generate(asked)
                 items = together(chunks) if whole else paced(chunks, self._delay_s)
                 async with aclosing(chunks), aclosing(items):
                     async for chunk in items:
+                        progress.last = chunk
                         yield wire.encode_chunk(chunk)
         except wire.REFUSALS as error:
             self._watch_queue(full=isinstance(error, EngineOverloaded))
@@ -161,6 +172,10 @@ class LoraReplica:
         """Called by Serve when the replica has drained, or could not be made."""
         self._draining = True
         await self._open.aclose()
+
+    async def _read_metrics(self) -> Reading:
+        refused = self._config.refused is not None
+        return await asyncio.to_thread(replica_metrics.read, self._engine, refused=refused)
 
     def _apply(self, settings: FleetSettings) -> None:
         store = self._engine.parts.store

@@ -8,6 +8,7 @@ module (``routing_counters.counters``), which travels by name.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -150,7 +151,7 @@ class AdapterRouter(RequestRouter):
         super().on_send_request(replica.replica_id)
         routing_counters.counters.count(reason)
         if ROUTING in pending.kwargs:
-            pending.kwargs[ROUTING]["reason"] = reason.value
+            pending.kwargs[ROUTING] |= {"reason": reason.value, "replica": name, "chosen_ns": time.time_ns()}
         adapter = short_key(metadata.multiplexed_model_id)
         self._sent.setdefault((replica.replica_id, metadata.internal_request_id), Counter())[adapter] += 1
         self._view.routed(name, adapter, self._get_curr_time_s())
@@ -160,8 +161,6 @@ def _request(pending: PendingRequest) -> PlacementRequest:
     routing = pending.kwargs.get(ROUTING, {})
     return PlacementRequest(
         short_key(pending.metadata.multiplexed_model_id),
-        prompt_tokens=routing.get("prompt_tokens", 0),
-        tenant=routing.get("tenant", ""),
         avoid=frozenset(routing.get("avoid", ())),
     )
 

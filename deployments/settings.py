@@ -95,8 +95,11 @@ class GatewaySection(_LimitsSection):
     """Fields of ``ServiceLimits``, and how the Gateway deployment runs.
 
     max_ongoing_requests: requests one gateway holds open; Serve queues the rest. admin: who may use /v1/adapters and
-    vLLM's load and unload endpoints: clients of the same machine, everybody who can reach the server, nobody.
-    metric_adapters: adapters with a label of their own in metrics, see ``LabelCap``. tool_format: how the
+    vLLM's load and unload endpoints: clients of the same machine, others too, nobody; where there are keys, with an
+    admin key only. keys_file: the file with the hashes of API keys, and what their tenants may do; without one nobody
+    needs a key. open: without keys, let everybody in who can reach the server, from other machines too.
+    cors_origins: origins such as https://app.acme.com whose web pages browsers let use the server.
+    metric_adapters, metric_tenants: how many have a label of their own in metrics, see ``LabelCap``. tool_format: how the
     model writes down calls of functions, see ``tool_formats``; found out from its chat template when left out.
     resources: as in ``ReplicaSection``.
     """
@@ -107,6 +110,10 @@ class GatewaySection(_LimitsSection):
     max_ongoing_requests: int = Field(default=1024, ge=1)
     admin: Annotated[Literal["loopback", "on", "off"], BeforeValidator(_on_or_off)] = "loopback"
     metric_adapters: int = Field(default=50, ge=0)
+    metric_tenants: int = Field(default=50, ge=0)
+    keys_file: str | None = None
+    open: bool = False
+    cors_origins: list[str] = Field(default_factory=list)
     tool_format: ToolFormatName | None = None
 
 
@@ -192,6 +199,17 @@ class ReplicaSection(_Section):
         return None if wrong is None else f"autoscaling: {wrong}"
 
 
+class TracingSection(_Section):
+    """Where OpenTelemetry's spans go, see ``Tracing``.
+
+    endpoint: URL of a collector that takes OTLP over HTTP, such as http://localhost:4318. sample: share of the requests
+    without a traceparent that are traced.
+    """
+
+    endpoint: Annotated[str, Field(pattern="^https?://")] | None = None
+    sample: float | None = Field(default=None, ge=0, le=1)
+
+
 class FleetSettings(_Section):
     """Everything an operator may set. Relative paths are taken from the folder that holds ``deployments``.
 
@@ -212,6 +230,7 @@ class FleetSettings(_Section):
     replicas: ReplicaSection = ReplicaSection()
     gateway: GatewaySection = GatewaySection()
     routing: RoutingSection = RoutingSection()
+    tracing: TracingSection = TracingSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -255,7 +274,11 @@ class FleetSettings(_Section):
 
     def model_folder(self) -> Path:
         """The base model's folder on this machine."""
-        return Path(app_root(), Path(self.model).expanduser()).absolute()
+        return self.path(self.model)
+
+    def path(self, text: str) -> Path:
+        """A path of these settings on this machine."""
+        return Path(app_root(), Path(text).expanduser()).absolute()
 
     def store_settings(self) -> StoreSettings:
         """For the catalog and the adapter store, on this machine."""
@@ -286,16 +309,7 @@ class FleetSettings(_Section):
 
     def service_limits(self) -> ServiceLimits:
         """For one gateway."""
-        own = {
-            "num_replicas",
-            "num_cpus",
-            "resources",
-            "max_ongoing_requests",
-            "admin",
-            "metric_adapters",
-            "tool_format",
-        }
-        return ServiceLimits(**self.gateway.model_dump(exclude=own))
+        return ServiceLimits(**self.gateway.model_dump(include={entry.name for entry in fields(ServiceLimits)}))
 
     def scaling_policy(self) -> ScalingPolicy | None:
         """When to have more or fewer replicas; None for a fixed number."""

@@ -14,6 +14,7 @@ from engine.scheduler import PlannedRow, StepPlan
 from engine.sequence import PENDING
 from engine.step import StepInputs
 from engine.step_shapes import StepShape
+from kernels.logit_changes import ChangeState, LogitChanges
 from kernels.sampling import sample_with_logprob
 
 _ALIGNMENT = 16  # bytes; every array starts where any of its element types may
@@ -29,11 +30,14 @@ class SamplingInputs:
     min_p: Tensor  # fp64
     seed: Tensor  # int64
     position: Tensor  # int64: the drawn token's
+    place: Tensor  # int32: where what changes the row's logits is, -1 for a row that is left as it is
+    mask_row: Tensor  # int32: which mask bars tokens of the row, -1 for none
 
-    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, state: ChangeState) -> tuple[Tensor, Tensor]:
         """(token ids, their raw log probabilities): see :func:`kernels.sampling.sample_with_logprob`."""
+        changes = LogitChanges(state, self.place, self.mask_row)
         return sample_with_logprob(
-            logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position
+            logits, self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.position, changes
         )
 
     @classmethod
@@ -67,7 +71,14 @@ def step_inputs(
     return inputs, sampling
 
 
-_PADDING = {"kv_slots": -1, "lora_indices": -1, "awaited": -1, "top_p": 1}  # others are padded with 0
+_PADDING = {
+    "kv_slots": -1,
+    "lora_indices": -1,
+    "awaited": -1,
+    "top_p": 1,
+    "place": -1,
+    "mask_row": -1,
+}  # others are padded with 0
 _OF_TOKENS = frozenset({"token_ids", "awaited", "positions", "kv_slots"})
 
 
@@ -138,7 +149,7 @@ def _step_arrays(rows: Sequence[PlannedRow], page_size: int, max_pages: int) -> 
 
 
 def _sampling_arrays(rows: Sequence[PlannedRow]) -> dict[str, np.ndarray]:
-    """The parameters of ``rows``, all of which draw a token."""
+    """The parameters of ``rows``; what those draw that are not to is of no use, and not counted."""
     params: list[SamplingParams] = [row.sequence.request.sampling for row in rows]
     return {
         "temperature": np.array([one.temperature for one in params], dtype=np.float64),
@@ -147,6 +158,8 @@ def _sampling_arrays(rows: Sequence[PlannedRow]) -> dict[str, np.ndarray]:
         "min_p": np.array([one.min_p for one in params], dtype=np.float64),
         "seed": np.array([row.sequence.seed for row in rows], dtype=np.int64),
         "position": np.array([row.end for row in rows], dtype=np.int64),
+        "place": np.array([row.sequence.place if row.samples else -1 for row in rows], dtype=np.int32),
+        "mask_row": np.array([row.sequence.mask_row if row.samples else -1 for row in rows], dtype=np.int32),
     }
 
 

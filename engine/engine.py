@@ -7,13 +7,14 @@ import itertools
 import random
 import threading
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import get_args
 
 import torch
 
 from adapter_store.errors import AdapterRefused
 from adapter_store.slots import Residency
+from engine.grammar import GrammarState
 from engine.output import OutputQueue
 from engine.parts import EngineParts, build_parts
 from engine.prompt_reading import reading_for
@@ -22,6 +23,7 @@ from engine.request import (
     EngineDead,
     GenerationChunk,
     GenerationRequest,
+    Grammar,
     InvalidRequest,
     Pooling,
     check_length,
@@ -37,6 +39,7 @@ from engine.tokenizer import Tokenizer
 
 # Prompt tokens that a completion's text is decoded after: enough for any decoder to see that it goes on.
 _TEXT_CONTEXT = 8
+_COMPILERS = 2  # threads
 
 
 class Engine:
@@ -59,6 +62,7 @@ class Engine:
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None
         self._arrivals = itertools.count()
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "engine-grammars")
         self._random = random.Random(settings.seed)  # noqa: S311 (draws of tokens, nothing secret)
 
     async def start(self) -> None:
@@ -83,6 +87,7 @@ class Engine:
         if self._loop is None or self._thread is None:
             return
         self._loop.stop()
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
         if self.parts.store is not None:
             await asyncio.to_thread(self.parts.store.close)
@@ -98,6 +103,8 @@ class Engine:
         loop = self._started()
         sequence = self._sequence(request)
         reading = sequence.reading
+        if request.sampling.grammar is not None:
+            sequence.grammar = await self._start_grammar(request.sampling.grammar)
         loop.submit(sequence)
         ended = False
         try:
@@ -212,6 +219,15 @@ class Engine:
             ready.set_result(None)
             loop.run()
 
+    async def _start_grammar(self, grammar: Grammar) -> GrammarState:
+        grammars = self.parts.grammars
+        if grammars is None:
+            raise InvalidRequest("a grammar needs a tokenizer, which this model has not", "grammar")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, grammars.start, grammar)
+        except RuntimeError as error:  # shut down, before or meanwhile
+            raise EngineDead("the engine was closed") from error
+
     def _started(self) -> StepLoop:
         if self._loop is None:
             raise EngineDead("the engine is not running: await start() first")
@@ -245,11 +261,28 @@ class Engine:
             raise AdapterRefused(request.adapter, "this engine has no adapter slots: set slots, such as {16: 32}")
         if request.adapter is None and request.adapter_digest is not None:
             raise InvalidRequest(f"adapter_digest {request.adapter_digest!r} comes without an adapter", "adapter")
+        vocab_size = parts.spec.vocab_size
+        for token, _ in params.logit_bias:
+            if token >= vocab_size:
+                raise InvalidRequest(
+                    f"logit_bias names token id {token}, which is not below the vocabulary size {vocab_size}",
+                    "logit_bias",
+                )
         text: OutputText | None = None
         if parts.tokenizer is not None:
             text = OutputText(parts.tokenizer, params.stop, request.prompt_token_ids[-_TEXT_CONTEXT:])
         elif params.stop:
             raise InvalidRequest("stop strings need a tokenizer, which this model has not: use stop_token_ids", "stop")
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
-        arrival, queue = next(self._arrivals), OutputQueue()
-        return Sequence(request, arrival, max_tokens, seed, text, queue, reading_for(request))
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else parts.eos_token_ids)}
+        end_tokens = tuple(sorted(token for token in ends if 0 <= token < vocab_size))
+        return Sequence(
+            request,
+            next(self._arrivals),
+            max_tokens,
+            seed,
+            text,
+            OutputQueue(),
+            reading=reading_for(request),
+            end_tokens=end_tokens,
+        )

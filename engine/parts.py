@@ -13,6 +13,8 @@ import torch
 from adapter_store.eviction import eviction_policy
 from adapter_store.slots import Residency, SlotPool
 from adapter_store.store import AdapterStore
+from engine.changed_rows import ChangedRows
+from engine.grammar import Grammars
 from engine.kv_pages import PagePool
 from engine.lora_targets import adapter_layout
 from engine.memory_plan import page_bytes
@@ -34,7 +36,8 @@ class EngineParts:
     """A loaded model and everything round it.
 
     max_model_len: the longest prompt plus completion that the model and the settings allow, in tokens.
-    eos_token_ids: tokens that end a completion. store and slots are None when there are no adapter slots.
+    eos_token_ids: tokens that end a completion. store and slots are None when there are no adapter slots, grammars
+    without a tokenizer.
     """
 
     spec: ModelSpec
@@ -45,6 +48,7 @@ class EngineParts:
     pages: PagePool
     slots: SlotPool | None
     store: AdapterStore | None
+    grammars: Grammars | None
 
 
 def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], None] | None) -> EngineParts:
@@ -68,8 +72,9 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
     else:
         load_weights(model, settings.model)
     slots, store = _adapters(settings, spec, dtype, device, on_residency)
+    changed = ChangedRows(settings.max_rows, spec.vocab_size, device, poison=settings.poison)
     runner = Runner(
-        model, model.new_kv_cache(1, settings.page_size), slots, settings.max_batch_tokens + settings.max_rows
+        model, model.new_kv_cache(1, settings.page_size), slots, settings.max_batch_tokens + settings.max_rows, changed
     )
     activation_bytes = graph_bytes = 0
     if device.type == "cuda":
@@ -101,7 +106,8 @@ def build_parts(settings: EngineSettings, on_residency: Callable[[Residency], No
         time.perf_counter() - started,
     )
     eos = {*spec.eos_token_ids, *(() if tokenizer is None else tokenizer.eos_token_ids)}
-    return EngineParts(spec, tokenizer, frozenset(eos), max_model_len, runner, pages, slots, store)
+    grammars = None if tokenizer is None else Grammars(tokenizer, spec.vocab_size, tuple(eos))
+    return EngineParts(spec, tokenizer, frozenset(eos), max_model_len, runner, pages, slots, store, grammars)
 
 
 def _device(settings: EngineSettings) -> torch.device:

@@ -129,6 +129,11 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r} but must be {allowed}", name)
         self._check_biases()
 
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens seen before count."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
     def _check_biases(self) -> None:
         if not isinstance(self.logit_bias, tuple) or len(self.logit_bias) > MOST_BIASES:
             raise InvalidRequest(f"logit_bias must be at most {MOST_BIASES} pairs of token id and bias", "logit_bias")

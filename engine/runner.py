@@ -10,6 +10,7 @@ import torch
 
 from adapter_store.slots import SlotPool
 from engine.batch import step_inputs
+from engine.changed_rows import ChangedRows
 from engine.flight import Flight
 from engine.model import DecoderModel
 from engine.prompt_reading import read_prompts
@@ -23,11 +24,14 @@ from kernels.lora_group import packed_rank
 class Runner:
     """The model, its KV cache and the adapters' slots. One thread only."""
 
-    def __init__(self, model: DecoderModel, kv: KVCache, slots: SlotPool | None, max_rows: int) -> None:
-        """max_rows: most rows of one step, those that pad it among them."""
+    def __init__(
+        self, model: DecoderModel, kv: KVCache, slots: SlotPool | None, max_rows: int, changed: ChangedRows
+    ) -> None:
+        """max_rows: most rows of one step, those that pad it among them. changed: places for rows that need one."""
         self.model = model
         self.kv = kv
         self.slots = slots
+        self.changed = changed
         self.graphs: StepGraphs | None = None
         self.lora: LoraState | None = None
         self._drawn = torch.zeros(max_rows, dtype=torch.int64, device=model.device)
@@ -42,6 +46,7 @@ class Runner:
         always_lora: launch the LoRA kernels even when no row has an adapter (to compile them).
         """
         rows = tuple(row for row in plan.rows if row.samples)
+        self.changed.prepare(rows)
         shape = None if self.graphs is None else self.graphs.shape_of(plan)
         if self.graphs is not None and shape is not None:
             drawn = self.graphs.run(plan, shape)
@@ -58,7 +63,7 @@ class Runner:
 
     def capture(self, shapes: Sequence[StepShape], max_pages: int) -> None:
         """Run steps that fit into ``shapes`` through graphs from now on. To be called again when ``kv`` is replaced."""
-        self.graphs = StepGraphs(self.model, self.kv, self.lora, self._drawn, shapes, max_pages)
+        self.graphs = StepGraphs(self.model, self.kv, self.lora, self.changed.state, self._drawn, shapes, max_pages)
 
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages with NaN."""
@@ -72,4 +77,6 @@ class Runner:
             inputs = replace(inputs, num_lora_rows=inputs.num_decode_rows, has_lora=True)
         hidden = self.model.new_hidden(plan.num_tokens)
         logits = self.model.forward(inputs, self.kv, self.lora, hidden=hidden)
-        return Drawn(*sampling.draw(logits), logits, hidden[plan.num_decode :], range(logits.shape[0]))
+        return Drawn(
+            *sampling.draw(logits, self.changed.state), logits, hidden[plan.num_decode :], range(logits.shape[0])
+        )

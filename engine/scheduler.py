@@ -60,7 +60,8 @@ class Scheduler:
     """Continuous batching with chunked prefill under a token, a row, a page and a slot budget.
 
     A step takes every decoding row, then prefill chunks of running rows, then new rows in the order of the waiting
-    queue, which is fair to tenants. A request without a slot to go to is passed over and holds up nobody; a request
+    queue, which is fair to tenants. One that follows a grammar decodes once its last token is read: in every other
+    step. A request without a slot to go to is passed over and holds up nobody; a request
     without pages holds up those behind it, so that long prompts get their turn. When pages run out, the row admitted
     last gives its pages up and is computed again later, with the tokens that it had generated.
 
@@ -132,7 +133,7 @@ class Scheduler:
                 budget -= self._add_chunk(prefill, sequence, budget)
         self._admit(prefill, budget)
         first = next((sequence for sequence in self.running if not sequence.decoding), None)
-        if not decode and not prefill and first is not None:
+        if not decode and not prefill and first is not None and not any(sequence.held for sequence in self.running):
             # Every row waits for its adapter's copy: let the device wait for the first, there is nothing else to do.
             assert self.slots is not None
             assert first.slot is not None
@@ -150,12 +151,12 @@ class Scheduler:
         """Prefill tokens beside so many decoding rows. A step is as slow for them as its prefill is long, and as long
         as more rows wait for their first token than for their next, a longer one makes less waiting in all."""
         room = self.max_rows - len(self.running)
-        late = len(self.running) - decoding + min(len(self.waiting), room)
+        late = sum(not sequence.decoding for sequence in self.running) + min(len(self.waiting), room)
         return self.max_mixed_tokens * max(late, decoding) // decoding
 
     def _decode_rows(self) -> Iterator[PlannedRow]:
         for sequence in list(self.running):
-            if not sequence.decoding or sequence.full:
+            if not sequence.decoding or sequence.full or sequence.held:
                 continue
             while not self.pages.extend(sequence.pages, len(sequence.tokens)):
                 last = self.running[-1]
@@ -231,5 +232,6 @@ class Scheduler:
     def _give_up(self, sequence: Sequence) -> None:
         self._publish(sequence)
         self._forget_pages(sequence)
+        sequence.place = -1
         if self.assignment is not None:
             self.assignment.give_up(sequence)

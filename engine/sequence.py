@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adapter_store.packed import PackedAdapter
     from adapter_store.slots import Slot
+    from engine.grammar import GrammarState
     from engine.output import OutputQueue
     from engine.prompt_reading import PromptReading
     from engine.request import GenerationRequest
@@ -32,6 +33,8 @@ class Sequence:
     them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
     page_keys: names of what its first full pages hold, see ``prefix_keys``; published: how many the page pool knows.
+    grammar: how far it has come in what its request asks it to be. end_tokens: those that end it. place: where the
+    device keeps what changes its logits, mask_row: which of the step's masks is its own; -1 for none (``ChangedRows``).
     preempted: it ran before and waits again. age: admissions of other tenants' later arrivals while it was the first of
     its tenant. overtaken: admissions of those behind it in the order while it had no slot to go to. draining: the
     digest that its starvation keeps from being admitted again, so that a slot comes free. waits_since: when it was
@@ -57,6 +60,10 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)
     published: int = 0
     slot: Slot | None = None
+    grammar: GrammarState | None = None
+    end_tokens: tuple[int, ...] = ()
+    place: int = -1
+    mask_row: int = -1
     preempted: bool = False
     age: int = 0
     overtaken: int = 0
@@ -93,6 +100,11 @@ class Sequence:
     def full(self) -> bool:
         """Whether its last token is drawn, read or not."""
         return len(self.tokens) >= self.max_tokens
+
+    @property
+    def held(self) -> bool:
+        """Whether what it may draw next is not known before its last token is read."""
+        return self.grammar is not None and self.awaited >= 0
 
     def launched(self, end: int, drawn: int | None) -> None:
         """A step was launched that computes the tokens up to ``end`` and draws one as its ``drawn``-th, unless None."""

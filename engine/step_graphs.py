@@ -14,6 +14,7 @@ from engine.scheduler import StepPlan
 from engine.static_inputs import StaticInputs
 from engine.step import Drawn, KVCache, LoraState, StepInputs
 from engine.step_shapes import StepShape
+from kernels.logit_changes import ChangeState
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class StepGraphs:
         model: DecoderModel,
         kv: KVCache,
         lora: LoraState | None,
+        changes: ChangeState,
         drawn: Tensor,
         shapes: Sequence[StepShape],
         max_pages: int,
@@ -59,7 +61,7 @@ class StepGraphs:
         drawn: (most rows of a shape,) int64 or longer: every step leaves the ids it drew there, and reads those of the
         step before where the host does not know them. max_pages: KV pages of the longest row.
         """
-        self.model, self.kv, self.lora, self._drawn = model, kv, lora, drawn
+        self.model, self.kv, self.lora, self.changes, self._drawn = model, kv, lora, changes, drawn
         self._shapes = sorted(shapes, key=lambda shape: (shape.prefill_tokens, shape.decode_rows))
         most = max(shape.rows for shape in shapes)
         self._logits = torch.empty((most, model.spec.vocab_size), dtype=model.dtype, device=model.device)
@@ -133,6 +135,6 @@ class StepGraphs:
         # Always, so that the others of a step are computed alike whether or not a row asks for them.
         hidden = self._hidden[: len(token_ids)]
         self.model.forward(inputs, self.kv, self.lora, out=self._logits[:rows], hidden=hidden)
-        ids, logprobs = sampling.draw(self._logits[:rows])
+        ids, logprobs = sampling.draw(self._logits[:rows], self.changes)
         self._drawn[:rows].copy_(ids)
         return ids, logprobs

@@ -255,6 +255,7 @@ class StepLoop:
                 self._advance(row.sequence, sampled)
             for sequence in landing.pooled:
                 self._pooled(sequence)
+            self._follow_grammars([row.sequence for row in landing.rows if not row.sequence.finished])
         self.meter.last_step_seconds = time.monotonic() - started
 
     def _advance(self, sequence: Sequence, sampled: SampledToken) -> None:
@@ -269,6 +270,8 @@ class StepLoop:
             self._fail(sequence, _not_finite(sequence, f"logits of token {sequence.known}"))
             return
         sequence.read(token)
+        if sequence.grammar is not None:
+            sequence.grammar.advance(token)
         self.meter.generated_tokens += 1
         text, reason, stop = self._finish_check(sequence, token)
         request = sequence.request
@@ -304,6 +307,16 @@ class StepLoop:
         chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="stop", timings=spent)
         self._outbox.add(sequence.queue, chunk)
 
+    def _follow_grammars(self, sequences: list[Sequence]) -> None:
+        """See what may come next in those that follow a grammar, while the device works on other rows."""
+        following = [(sequence, sequence.grammar) for sequence in sequences if sequence.grammar is not None]
+        if following:
+            assert self.parts.grammars is not None
+            self.parts.grammars.fill([grammar for _, grammar in following])
+        for sequence, grammar in following:
+            if grammar.error is not None:
+                self._fail(sequence, InvalidRequest(f"the grammar cannot be followed on: {grammar.error}", "grammar"))
+
     def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
         """(text that the token brought, why the sequence is finished or None, what stopped it)."""
         params, output = sequence.request.sampling, sequence.text
@@ -316,6 +329,8 @@ class StepLoop:
         elif output is not None:
             text, stop = output.push(token)
             reason = None if stop is None else "stop"
+        if reason is None and sequence.grammar is not None and sequence.grammar.ended:
+            reason = "stop"
         if reason is None and sequence.known >= sequence.max_tokens:
             reason = "length"
         if reason is not None and output is not None and not isinstance(stop, str):
@@ -395,6 +410,8 @@ def _land(sequence: Sequence) -> bool:
 
 def _not_finite(sequence: Sequence, what: str) -> Exception:
     where = f"the {what} are not finite"
+    if sequence.mask_row >= 0:
+        where += ", or none of those that its grammar and min_tokens allow is"
     if sequence.request.adapter is None:
         return GenerationFailed(f"{where}: the base model overflows in this dtype; try bfloat16 or float32")
     return AdapterRefused(

@@ -29,6 +29,7 @@ from benchmarks.fleet_sim.service_times import measured
 from benchmarks.fleet_sim.simulation import Failure, Outcome, Simulation
 from benchmarks.fleet_sim.traffic import Traffic, gamma_traffic
 from deployments.routing.placement_policy import PlacementPolicy
+from engine.settings import EngineSettings
 
 POLICIES = ("placement", "consistent_hash", "serve_multiplex", "power_of_two", "random")
 
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=128.0, help="of an answer, the mean")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--host-adapters", type=int, default=256)
-    parser.add_argument("--eviction", choices=EVICTION_NAMES, default="lru")
+    parser.add_argument("--eviction", choices=EVICTION_NAMES, default=EngineSettings(model="any").eviction)
     parser.add_argument("--routers", type=int, default=3)
     parser.add_argument("--report-ms", type=float, default=50.0)
     parser.add_argument("--news-ms", type=float, default=10.0)

@@ -15,7 +15,7 @@ RANK = 16
 
 @dataclass(frozen=True, slots=True)
 class _News:
-    load: ReplicaLoad
+    load: ReplicaLoad | None  # as ``NewsPublisher`` tells it: with news of adapters, or when it decides something
     slots: tuple[list[str], list[str]]  # what came and what went
     host: tuple[list[str], list[str]]
 
@@ -26,6 +26,7 @@ class Placement:
     def __init__(self, routers: int, report_s: float, delay_s: float, policy: PlacementPolicy | None = None) -> None:
         self.report_s: float | None = report_s
         self.delay_s = delay_s
+        self._told: dict[str, ReplicaLoad] = {}
         self._views = [FleetView(policy or PlacementPolicy()) for _ in range(routers)]
 
     def replicas_are(self, replicas: Sequence[SimReplica]) -> None:
@@ -33,7 +34,7 @@ class Placement:
             view.keep_only([replica.name for replica in replicas])
 
     def choose(self, router: int, adapter: str, avoid: frozenset[str], now: float) -> Sequence[str]:
-        request = PlacementRequest(adapter, RANK, avoid=avoid)
+        request = PlacementRequest(adapter, avoid)
         return [choice.replica for choice in place(self._views[router], request, now)]
 
     def sent(self, router: int, replica: SimReplica, adapter: str, now: float) -> None:
@@ -53,6 +54,10 @@ class Placement:
             rows=dict(replica.rows),
         )
         slots, host = replica.take_changes()
+        told = self._told.get(replica.name)
+        if not any((*slots, *host)) and told is not None and told.stage == load.stage:
+            return _News(None, slots, host)
+        self._told[replica.name] = load
         return _News(load, slots, host)
 
     def heard(self, replica: SimReplica, news: object, now: float) -> None:
@@ -60,4 +65,5 @@ class Placement:
         for view in self._views:
             view.change(replica.name, Tier.RESIDENT, *news.slots)
             view.change(replica.name, Tier.HOST, *news.host)
-            view.report(replica.name, news.load)
+            if news.load is not None:
+                view.report(replica.name, news.load)

@@ -16,6 +16,8 @@ from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, ResolvedAdapter
 from deployments.adapters.declarations import Declaration, Declarations
+from deployments.tenants.caller import Caller
+from deployments.tenants.source_proofs import SourceProofs
 
 T = TypeVar("T")
 
@@ -24,6 +26,8 @@ _SOURCES_AT_ONCE = 4
 # Characters of a name that is compared with others, and how many others.
 _MAX_SLIP = 64
 _MAX_COMPARED = 500
+# The one thing that a tenant is told of what is not there and of what is not its own.
+_NOT_YOURS = "there is none that you may use under this name"
 
 
 class Feed(Protocol):
@@ -62,6 +66,7 @@ class AdapterDirectory:
         self._declares = declares
         self._text_pool = ThreadPoolExecutor(threads, "text")
         self._network_threads = FairThreads(_SOURCES_AT_ONCE * threads, threads, "sources")
+        self._proofs = SourceProofs(self._prove, self.content)
 
     def reconfigure(self, settings: StoreSettings) -> None:
         """Take over the names of these settings. Raises ValueError for a mistake; nothing has changed then."""
@@ -91,14 +96,48 @@ class AdapterDirectory:
             raise AdapterUnavailable(name, "what was declared at run time is not known here yet: try again in a moment")
         return await self.in_text_pool(self._named, name)
 
-    async def resolve(self, model: str, gone: str | None = None) -> ResolvedAdapter | None:
+    async def names_for(self, caller: Caller) -> list[str]:
+        """Those that the caller may use."""
+        return [name for name in await self.names() if caller.tenant.permits(name)]
+
+    async def resolve(self, model: str, caller: Caller, gone: str | None = None) -> ResolvedAdapter | None:
         """The content that a client's name means now; None for the base model. Raises what ``Catalog.resolve`` does.
+
+        This is where it is decided, for every request, whether its sender may use what it names. What a tenant may not
+        use is not looked for, so that it takes as long and answers the same whether it is there or not; and what it
+        may use and is not there answers as that does.
 
         gone: digest of content that its source no longer has; who still takes the name for that asks anew.
         """
+        if caller.role == "tenant":
+            return await self._resolve_permitted(model, caller, gone)
         if model == self.base_model:
             return None
         named = await self.named(model)
+        if named.origin == "reference" and caller.api_token is not None:
+            return await self._proofs.resolve(named, caller, gone)
+        return await self._own_content(named, gone)
+
+    async def _resolve_permitted(self, model: str, caller: Caller, gone: str | None) -> ResolvedAdapter | None:
+        tenant = caller.tenant
+        if model == self.base_model and tenant.base_model:
+            return None
+        try:
+            if model == self.base_model or not tenant.permits(model):
+                raise AdapterNotFound(model, _NOT_YOURS)
+            named = await self.named(model)
+            if named.origin != "reference":
+                return await self._own_content(named, gone)
+            if not tenant.permits_found(model, named.ref):  # its text is, but not where it leads
+                raise AdapterNotFound(model, _NOT_YOURS)
+            if caller.api_token is None and tenant.server_credentials:
+                return await self._own_content(named, gone)
+            return await self._proofs.resolve(named, caller, gone)
+        except AdapterNotFound:
+            raise AdapterNotFound(model, _NOT_YOURS) from None
+
+    async def _own_content(self, named: NamedAdapter, gone: str | None) -> ResolvedAdapter:
+        """What this server itself finds."""
         if gone is not None:
             recalled = self.catalog.recall(named.name, named.ref)
             if recalled is not None and recalled.digest == gone:
@@ -114,6 +153,12 @@ class AdapterDirectory:
             return recalled
         owner, look_up = named.ref.owner, self.catalog.resolve_ref
         return await asyncio.wrap_future(self._network_threads.submit(owner, look_up, named.name, named.ref))
+
+    async def _prove(self, named: NamedAdapter, token: str) -> ResolvedAdapter:
+        prove = self.catalog.sources.prove_on_hub
+        return await asyncio.wrap_future(
+            self._network_threads.submit(named.ref.owner, prove, named.name, named.ref, token)
+        )
 
     async def in_text_pool(self, function: Callable[..., T], *args: Any) -> T:
         """Run what takes processor time or looks at local files."""

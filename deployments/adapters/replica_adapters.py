@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from adapter_store.errors import AdapterNotFound
+from adapter_store.source import AdapterRef
 from engine.engine import Engine
 
 LATE_SECONDS = 2.0  # a request that was resolved before its adapter was unloaded arrives within this time
@@ -26,8 +27,11 @@ class ReplicaAdapters:
         self._leaving: dict[str, float] = {}  # digest -> until when its requests are turned away (monotonic seconds)
 
     @contextmanager
-    def used_by_request(self, adapter: str | None, digest: str | None) -> Iterator[None]:
-        """Around one request. Raises AdapterNotFound while its adapter is being unloaded."""
+    def used_by_request(self, adapter: str | None, digest: str | None, token: str | None = None) -> Iterator[None]:
+        """Around one request. token: with which its adapter is read, where that has to come from its source.
+
+        Raises AdapterNotFound while its adapter is being unloaded.
+        """
         if digest is None:
             yield
             return
@@ -35,12 +39,19 @@ class ReplicaAdapters:
             raise AdapterNotFound(adapter or digest, "it was unloaded just now")
         self._requests[digest] += 1
         try:
-            yield
+            with self._read_with(adapter, token):
+                yield
         finally:
             self._requests[digest] -= 1
             if self._requests[digest] == 0:
                 del self._requests[digest]
                 self._ended.set()
+
+    def _read_with(self, adapter: str | None, token: str | None) -> AbstractContextManager[None]:
+        store = self._engine.parts.store
+        if store is None or not token or not adapter or not adapter.startswith("hub:"):
+            return nullcontext()
+        return store.catalog.sources.lend_token(AdapterRef.parse(adapter), token)
 
     def held(self) -> dict[str, Any]:
         """``{"slots": {digest: rank}, "host": [digest], "requests": {digest: count}}``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ from adapter_store.source import AdapterRef
 from deployments.adapters.admin import AdapterAdmin
 from deployments.protocol.adapters import AdapterBody, LoadLoraBody, UnloadLoraBody
 from deployments.protocol.errors import ApiError, from_exception, invalid
+from deployments.tenants.caller import Caller, CallerOf
+from deployments.tenants.open_mode import is_loopback
 
 Access = Literal["loopback", "on", "off"]
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
@@ -93,23 +94,26 @@ def add_adapter_routes(
     app.include_router(router)
 
 
-def admin_rule(access: Access) -> Callable[[Request], None]:
+def admin_rule(access: Access) -> Callable[[Request, Caller], None]:
     """What lets an operator's requests through: a dependency that raises ApiError, 403, for others."""
 
-    def allowed(request: Request) -> None:
+    def allowed(request: Request, caller: CallerOf) -> None:
+        code = "admin_disabled"
         if access == "off":
             message = (
                 "nobody administers adapters over HTTP here: the setting gateway.admin is 'off'; 'loopback' lets "
-                "clients of the server's own machine in, 'on' everybody who can reach the server"
+                "clients of the server's own machine in, 'on' others too"
             )
+        elif caller.role == "tenant":
+            code, message = "admin_key_required", "adapters are administered with an admin key, not with a tenant's"
         elif access == "loopback" and not from_this_machine(request):
             message = (
                 "adapters are administered from the server's own machine only: the setting gateway.admin is "
-                "'loopback'; 'on' lets everybody who can reach the server in, as there are no API keys yet"
+                "'loopback'; 'on' lets others in, with an admin key where there is a gateway.keys_file, else everybody"
             )
         else:
             return
-        raise ApiError(403, message, kind="permission_error", code="admin_disabled")
+        raise ApiError(403, message, kind="permission_error", code=code)
 
     return allowed
 
@@ -148,16 +152,7 @@ def from_this_machine(request: Request) -> bool:
     names = [request.client.host if request.client else "", urlsplit(f"//{headers.get('host', '')}").hostname or ""]
     if origin := headers.get("origin"):
         names.append(urlsplit(origin).hostname or "")
-    return all(map(_is_loopback, names))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return all(map(is_loopback, names))
 
 
 def _vllm_error(status: int, message: str, kind: str) -> JSONResponse:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -18,43 +18,62 @@ from deployments.api import sse
 from deployments.api.body_limit import BodyLimit
 from deployments.api.embeddings import add_embedding_routes
 from deployments.api.generation import Generation
+from deployments.api.openapi import GENERATES, answers
 from deployments.api.rendering import events, whole
 from deployments.api.request_id import HEADER, RequestId, current_request_id
 from deployments.api.service import CompletionService
 from deployments.api.tokenize import add_tokenize_routes
+from deployments.protocol.answers import ChatAnswer, ChatEvent, CompletionAnswer, Health, ModelList, ModelObject
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError, ReplicaLost, from_exception, from_validation
+from deployments.tenants.authentication import Keys, add_guard
+from deployments.tenants.caller import Caller, CallerOf
 from engine.request import EngineOverloaded, GenerationFailed, InvalidRequest
 
 logger = logging.getLogger("ray.serve")
 
 
-def create_http_app(service: CompletionService, *, answers_carry_id: bool = True) -> FastAPI:
-    """The routes, and the one error envelope for everything that can go wrong. answers_carry_id: see ``RequestId``."""
+def create_http_app(
+    service: CompletionService,
+    *,
+    keys: Keys | None = None,
+    cors_origins: Sequence[str] = (),
+    answers_carry_id: bool = True,
+) -> FastAPI:
+    """The routes, and the one error envelope for everything that can go wrong. keys, cors_origins: see ``add_guard``.
+    answers_carry_id: see ``RequestId``.
+    """
     app = FastAPI(title="LoRAFleet", docs_url="/docs", redoc_url=None, redirect_slashes=False)
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
+    add_guard(app, keys, cors_origins)
     app.add_middleware(RequestId, answers=answers_carry_id)
 
-    @app.get("/health")
+    @app.get("/health", response_model=None, responses=answers(Health))
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return await service.models()
+    @app.get("/v1/models", response_model=None, responses=answers(ModelList))
+    async def list_models(caller: CallerOf) -> dict[str, Any]:
+        return await service.models(caller)
 
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> dict[str, Any]:
-        return await service.model(name)
+    @app.get("/v1/models/{name:path}", response_model=None, responses=answers(ModelObject, 404, 422, 503))
+    async def get_model(name: str, caller: CallerOf) -> dict[str, Any]:
+        return await service.model(name, caller)
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionBody) -> Response:
-        return await _respond(service, body)
+    @app.post(
+        "/v1/completions",
+        response_model=None,
+        responses=answers(CompletionAnswer, *GENERATES, streamed=CompletionAnswer),
+    )
+    async def completions(body: CompletionBody, caller: CallerOf) -> Response:
+        return await _respond(service, body, caller)
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(body: ChatBody) -> Response:
-        return await _respond(service, body)
+    @app.post(
+        "/v1/chat/completions", response_model=None, responses=answers(ChatAnswer, *GENERATES, streamed=ChatEvent)
+    )
+    async def chat_completions(body: ChatBody, caller: CallerOf) -> Response:
+        return await _respond(service, body, caller)
 
     add_embedding_routes(app, service)
     add_tokenize_routes(app, service)
@@ -87,38 +106,28 @@ def create_http_app(service: CompletionService, *, answers_carry_id: bool = True
     return app
 
 
-class EventStream(StreamingResponse):
+class GenerationStream(sse.EventStream):
     """A generation as server-sent events. However the response ends, the generation has ended too."""
 
     def __init__(self, generation: Generation, body: CompletionBody | ChatBody) -> None:
         self._generation = generation
-        self._events = _event_stream(generation, body)
-        super().__init__(self._events, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
-
-    async def listen_for_disconnect(self, receive: Receive) -> None:
-        """Serve breaks ``receive`` when the client goes away: that is a disconnect, not a failure of ours."""
-        try:
-            await super().listen_for_disconnect(receive)
-        except Exception as error:
-            logger.debug("the client is gone: %r", error)
+        super().__init__(_event_stream(generation, body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # A client that left in between leaves a generator that nobody reads, or that was never begun.
-            await self._events.aclose()
             await self._generation.aclose()
 
 
-async def _respond(service: CompletionService, body: CompletionBody | ChatBody) -> Response:
+async def _respond(service: CompletionService, body: CompletionBody | ChatBody, caller: Caller) -> Response:
     try:
-        generation = await service.start(body, stream=bool(body.stream))
+        generation = await service.start(body, stream=bool(body.stream), caller=caller)
         if not body.stream:
             return JSONResponse(await whole(generation, body))
     except Exception as error:  # every error has its envelope; unknown ones are logged and say nothing
         return _envelope(_explain(error))
-    return EventStream(generation, body)
+    return GenerationStream(generation, body)
 
 
 async def _event_stream(generation: Generation, body: CompletionBody | ChatBody) -> AsyncGenerator[bytes]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
@@ -19,16 +19,22 @@ from deployments.adapters.directory import AdapterDirectory
 from deployments.api.generation import Generation
 from deployments.api.tool_formats import tool_format
 from deployments.fleet import Generator
+from deployments.observability.request_record import RequestRecord
+from deployments.observability.telemetry import Telemetry
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import from_exception, invalid
 from deployments.protocol.models import model_list, model_object
+from deployments.tenants.admission import Admission, Admissions
+from deployments.tenants.caller import Caller
 from engine.grammar import check_grammar
 from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, Pooling, SamplingParams, check_length
 from engine.spec import ModelSpec
 from engine.tokenizer import Tokenizer
 
-Observer = Callable[[str, int, int, int], None]
+Begin = Callable[[RequestRecord, Admission], Awaitable[Generation]]
+
+CLIENT_LEFT = 499  # what is told of a request whose client did not wait for an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +66,13 @@ class CompletionService:
         generator: Generator,
         max_model_len: int,
         limits: ServiceLimits | None = None,
-        observe: Observer | None = None,
+        telemetry: Telemetry | None = None,
         tool_form: str | None = None,
+        admissions: Admissions | None = None,
     ) -> None:
-        """max_model_len: most tokens of a prompt and its completion together, as the engines have it. observe: told of
-        each request that ended: the model's name (empty when there is none of this name), HTTP status, tokens of its
-        prompts and completions. tool_form: how the model writes down calls, see ``tool_formats``; None finds out.
+        """max_model_len: most tokens of a prompt and its completion together, as the engines have it. telemetry:
+        told of each request. tool_form: how the model writes down calls, see ``tool_formats``; None finds out.
+        admissions: where requests of tenants with limits are let in; without, they are not.
 
         Raises ValueError when the folder has no usable tokenizer.
         """
@@ -77,63 +84,45 @@ class CompletionService:
         self.max_model_len = max_model_len
         self.spec = ModelSpec.from_dir(model_folder)
         self.limits = limits or ServiceLimits()
-        self._observe = observe
+        self._telemetry = telemetry or Telemetry()
+        self.admissions = admissions or Admissions()
         self._started = int(time.time())
         self._tool_format = tool_format(tool_form, self.tokenizer.template.text)
         self._fingerprint = f"fp_{_content_hash(model_folder)}"
 
-    async def start(self, body: CompletionBody | ChatBody, *, stream: bool) -> Generation:
+    async def start(self, body: CompletionBody | ChatBody, *, stream: bool, caller: Caller) -> Generation:
         """Begin to generate: on return every choice has its first chunk, or without ``stream`` its only one.
 
         Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
         """
-        with self.failures() as known:
-            return await self._start(body, stream=stream, known=known)
+        return await self.begun(caller, partial(self._start, body, caller), whole=not stream)
 
-    @contextmanager
-    def failures(self) -> Iterator[list[str]]:
-        """Around what may fail before there is an answer, to observe it. Gives a list that takes the model's name once
-        it is known that there is such a model."""
-        known: list[str] = []
+    async def begun(self, caller: Caller, begin: Begin, *, whole: bool) -> Generation:
+        """What ``begin`` begins, let in and recorded from before it until its end. Raises as ``start`` does."""
+        record = self._telemetry.begin(whole=whole)
+        record.tenant = caller.tenant.name
         try:
-            yield known
+            async with self.admissions.admitted(caller) as admission:
+                generation = await begin(record, admission)
+        except asyncio.CancelledError:
+            self._telemetry.end(record, CLIENT_LEFT)
+            raise
         except Exception as error:
-            if self._observe is not None:
-                self._observe("".join(known), from_exception(error).status, 0, 0)
+            explained = from_exception(error)
+            record.error = explained.code or type(error).__name__
+            self._telemetry.end(record, explained.status)
             raise
 
-    async def begin(self, generation: Generation) -> None:
-        """Wait until all of it has begun, and observe its end. Raises what ``Generation.begin`` does."""
-        await generation.begin()
-        if (observe := self._observe) is not None:
-            generation.ended = lambda prompts, completions: observe(generation.model, 200, prompts, completions)
+        def ended(prompts: int, completions: int) -> None:
+            admission.leave(prompts + completions)
+            self._telemetry.end(record, 200, prompts, completions)
 
-    async def encode(self, body: CompletionBody | ChatBody) -> list[list[int]]:
-        """The token ids that each of its prompts is. Raises InvalidRequest."""
-        return await self.directory.in_text_pool(self._prompts, body)
+        generation.ended = ended
+        return generation
 
-    def request(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        adapter: ResolvedAdapter | None,
-        user: str | None,
-        sampling: SamplingParams | None = None,
-        pooling: Pooling | None = None,
-    ) -> GenerationRequest:
-        """One row, for who asks."""
-        return GenerationRequest(
-            request_id=request_id,
-            prompt_token_ids=tuple(prompt),
-            sampling=sampling or SamplingParams(),
-            adapter=None if adapter is None else str(adapter.ref),
-            adapter_digest=None if adapter is None else adapter.digest,
-            tenant=user or "",
-            pooling=pooling,
-        )
-
-    async def _start(self, body: CompletionBody | ChatBody, *, stream: bool, known: list[str]) -> Generation:
-        """known: takes the model's name once it is known that there is such a model."""
+    async def _start(
+        self, body: CompletionBody | ChatBody, caller: Caller, record: RequestRecord, admission: Admission
+    ) -> Generation:
         sampling = body.sampling_params()
         n = body.candidates
         chat = isinstance(body, ChatBody)
@@ -148,10 +137,10 @@ class CompletionService:
                 "logit_bias",
                 f"logit_bias names token {unknown[0]} but {self.tokenizer.name} has {self.tokenizer.vocab_size}",
             )
-        adapter, prompts = await asyncio.gather(self.resolve(body.model, known), self.encode(body))
+        adapter, prompts = await asyncio.gather(self.resolve(body.model, caller, record), self.encode(body))
         if (wanted := body.wanted()) is not None:
             await self.directory.in_text_pool(partial(check_grammar, wanted.grammar, wanted.param))
-        for prompt in prompts:
+        lengths = [
             check_length(
                 len(prompt),
                 sampling.max_tokens,
@@ -159,13 +148,18 @@ class CompletionService:
                 "messages" if chat else "prompt",
                 body.max_tokens_field,
             )
-        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+            for prompt in prompts
+        ]
+        prompt_tokens = sum(map(len, prompts))
+        await admission.charge(prompt_tokens, n * (sum(lengths) - prompt_tokens))
+        request_id = record.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        record.choices = len(prompts) * n
         streams: list[AsyncGenerator[GenerationChunk]] = []
         for number, prompt in enumerate(prompts):
             for sample in range(n):
-                place = f"{request_id}-{number * n + sample}"
-                request = self.request(place, prompt, adapter, body.user, _nth_sample(sampling, sample))
-                streams.append(self.generate(request, body.model, whole=not stream))
+                place, chosen = f"{request_id}-{number * n + sample}", _nth_sample(sampling, sample)
+                request = row(place, prompt, adapter, caller, body.user, sampling=chosen)
+                streams.append(self.recorded(request, body.model, caller, record))
         echoes = (
             await self.directory.in_text_pool(self._echoes, body)
             if isinstance(body, CompletionBody) and body.echo
@@ -185,34 +179,52 @@ class CompletionService:
             tool_format=self._tool_format,
         )
         try:
-            await self.begin(generation)
+            await generation.begin()
         except InvalidRequest as error:
             if wanted is None or error.param != "grammar":
                 raise
             raise invalid(wanted.param, str(error), code=error.code) from error  # what the client calls it
         return generation
 
-    async def models(self) -> dict[str, Any]:
-        """The base model and every adapter that has a name, as OpenAI's list."""
-        names = await self.directory.names()
-        return model_list([self._base_object(), *map(self._adapter_object, names)])
+    async def encode(self, body: CompletionBody | ChatBody) -> list[list[int]]:
+        """The token ids that each of its prompts is. Raises InvalidRequest."""
+        return await self.directory.in_text_pool(self._prompts, body)
 
-    async def model(self, name: str) -> dict[str, Any]:
+    async def models(self, caller: Caller) -> dict[str, Any]:
+        """The base model and every adapter that has a name, as OpenAI's list, as far as the caller may use them."""
+        names = await self.directory.names_for(caller)
+        base = [self._base_object()] if caller.tenant.base_model else []
+        return model_list([*base, *map(self._adapter_object, names)])
+
+    async def model(self, name: str, caller: Caller) -> dict[str, Any]:
         """One model. Raises AdapterNotFound and what looking it up raises."""
-        if name == self.base_model:
-            return self._base_object()
-        await self.directory.resolve(name)
-        return self._adapter_object(name)
+        adapter = await self.directory.resolve(name, caller)
+        return self._base_object() if adapter is None else self._adapter_object(name)
 
     def close(self) -> None:
         """Give threads and connections back."""
         self.directory.close()
 
-    async def generate(self, request: GenerationRequest, model: str, *, whole: bool) -> AsyncGenerator[GenerationChunk]:
+    async def recorded(
+        self, request: GenerationRequest, model: str, caller: Caller, record: RequestRecord
+    ) -> AsyncGenerator[GenerationChunk]:
+        """The chunks of one row."""
+        try:
+            async with aclosing(self._generate(request, model, caller, record)) as chunks:
+                async for chunk in chunks:
+                    record.saw(chunk)
+                    yield chunk
+        except Exception as error:
+            record.error = from_exception(error).code or type(error).__name__
+            raise
+
+    async def _generate(
+        self, request: GenerationRequest, model: str, caller: Caller, record: RequestRecord
+    ) -> AsyncGenerator[GenerationChunk]:
         """The fleet's chunks; an adapter published anew since it was looked up is looked up once more."""
         started = False
         try:
-            async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
+            async with aclosing(self._generator.generate(request, model, record)) as chunks:
                 async for chunk in chunks:
                     started = True
                     yield chunk
@@ -220,17 +232,18 @@ class CompletionService:
         except AdapterChanged:
             if started:
                 raise
-        adapter = await self.directory.resolve(model, gone=request.adapter_digest)
+        adapter = await self.directory.resolve(model, caller, gone=request.adapter_digest)
         if adapter is not None:
             request = replace(request, adapter=str(adapter.ref), adapter_digest=adapter.digest)
-        async with aclosing(self._generator.generate(request, model, whole=whole)) as chunks:
+            record.adapter = adapter.digest
+        async with aclosing(self._generator.generate(request, model, record)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def resolve(self, model: str, known: list[str]) -> ResolvedAdapter | None:
-        """The content that a model's name means now; None for the base model. known: see ``failures``."""
-        adapter = await self.directory.resolve(model)
-        known.append(model)
+    async def resolve(self, model: str, caller: Caller, record: RequestRecord) -> ResolvedAdapter | None:
+        """The content that a model's name means to the caller; None for the base model."""
+        adapter = await self.directory.resolve(model, caller)
+        record.model, record.adapter = model, "" if adapter is None else adapter.digest
         return adapter
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
@@ -247,6 +260,30 @@ class CompletionService:
 
     def _adapter_object(self, name: str) -> dict[str, Any]:
         return model_object(name, self._started, root=name, parent=self.base_model)
+
+
+def row(
+    request_id: str,
+    prompt: Sequence[int],
+    adapter: ResolvedAdapter | None,
+    caller: Caller,
+    user: str | None,
+    *,
+    sampling: SamplingParams | None = None,
+    pooling: Pooling | None = None,
+) -> GenerationRequest:
+    """What an engine is asked, for this caller. user: OpenAI's field."""
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling or SamplingParams(),
+        adapter=None if adapter is None else str(adapter.ref),
+        adapter_digest=None if adapter is None else adapter.digest,
+        tenant=caller.counts_as(user),
+        share=caller.tenant.weight,
+        api_token=None if adapter is None else caller.api_token,
+        pooling=pooling,
+    )
 
 
 def _content_hash(model_folder: Path) -> str:

@@ -16,8 +16,8 @@ from deployments.news.message import ReplicaNews, pack_keys, pack_load
 from deployments.news.news_board import LEAST_PAUSE_SECONDS
 from deployments.routing.fleet_view import ReplicaLoad
 
-LOAD_SECONDS = 0.02  # a change of load alone is told this often at most
-HEARTBEAT_SECONDS = 1.0
+LOOK_SECONDS = 0.05  # how often the load is looked at
+HEARTBEAT_SECONDS = 1.0  # a change of load that decides nothing is told this often, and that there is none
 HUB_SECONDS = 2.0  # a hub that does not answer for so long is looked up anew
 RETRY_SECONDS = 0.25
 
@@ -25,8 +25,9 @@ logger = logging.getLogger("ray.serve")
 
 
 class NewsPublisher:
-    """Tells what changed: about adapters at once, about load every ``LOAD_SECONDS`` at most, and now and then that the
-    replica lives. What changes while a message is under way, or in the pause that the hub asks for, goes together.
+    """Tells what changed: about adapters at once, about load along with them, when it reaches another
+    ``ReplicaLoad.stage`` and every ``HEARTBEAT_SECONDS``. What changes while a message is under way, or in the pause
+    that the hub asks for, goes together.
 
     All in one event loop: the one that makes this object.
     """
@@ -38,7 +39,7 @@ class NewsPublisher:
         read_load: Callable[[], ReplicaLoad],
         find_hub: Callable[[], Awaitable[Any]],
     ) -> None:
-        """read_load: called up to 50 times a second. find_hub: gives the hub's actor handle; called again after an
+        """read_load: called some 20 times a second. find_hub: gives the hub's actor handle; called again after an
         error, because Serve replaces a hub that died."""
         self._replica = replica
         self._holdings = holdings
@@ -48,7 +49,7 @@ class NewsPublisher:
         self._sequence = 0
         self._whole = True  # what the hub has is not known: tell everything
         self._load = ReplicaLoad()  # told last
-        self._load_told = self._told = 0.0  # when (monotonic)
+        self._told = 0.0  # when (monotonic)
         self._pause_s = LEAST_PAUSE_SECONDS
         self._since = time.time()
         self._event = asyncio.Event()
@@ -87,19 +88,12 @@ class NewsPublisher:
             await self._wait()
 
     async def _wait(self) -> None:
-        """Until something changed, or it is time to look at the load or to say that the replica lives."""
-        busy = self._load.running or self._load.waiting or self._holdings.rows
-        until = self._load_told + self._load_pause_s if busy else self._told + HEARTBEAT_SECONDS
-        least = LOAD_SECONDS if busy else 0.0
+        """Until something changed, or it is time to look at the load."""
         try:
-            async with asyncio.timeout(max(least, until - time.monotonic())):
+            async with asyncio.timeout(LOOK_SECONDS):
                 await self._event.wait()
         except TimeoutError:
             self._since = time.time()
-
-    @property
-    def _load_pause_s(self) -> float:
-        return max(LOAD_SECONDS, 2 * self._pause_s)
 
     def _next(self) -> ReplicaNews | None:
         now = time.monotonic()
@@ -110,13 +104,11 @@ class NewsPublisher:
             keys = pack_keys(changes)
         if self._whole:
             keys = pack_keys(self._holdings.everything())
-        turned = (load.saturated, load.draining) != (self._load.saturated, self._load.draining)
-        due = turned or keys is not None or now - self._load_told >= self._load_pause_s
-        if self._whole or (due and load != self._load):
-            packed = pack_load(load)
-            self._load, self._load_told = load, now
-        if keys is None and packed is None and now - self._told < HEARTBEAT_SECONDS:
+        if keys is None and load.stage == self._load.stage and now - self._told < HEARTBEAT_SECONDS:
             return None
+        if self._whole or load != self._load:
+            packed = pack_load(load)
+            self._load = load
         self._told = now
         return ReplicaNews(self._replica, self._sequence, self._whole, keys, packed, self._since)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray.serve import metrics
 
+from deployments.observability.catalog import ARRIVALS
 from deployments.routing.fleet_view import Tier
 
 
@@ -11,11 +14,8 @@ class Arrivals:
     """Counts for Prometheus. Made in a Serve replica."""
 
     def __init__(self) -> None:
-        self._counter = metrics.Counter(
-            "lorafleet_arrivals_total",
-            "Requests for adapters: why the router chose this replica, and where the adapter was when they came.",
-            ("reason", "found"),  # pyright: ignore[reportArgumentType] (Serve takes any number)
-        )
+        labels: Any = ARRIVALS.labels  # Serve's annotation says one, its code takes any number
+        self._counter = metrics.Counter(ARRIVALS.name, ARRIVALS.meaning, labels)
 
     def count(self, reason: str, found: Tier | None) -> None:
         """A request came that was routed for this reason."""

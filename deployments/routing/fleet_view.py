@@ -19,7 +19,6 @@ import numpy.typing as npt
 from deployments.routing.adapter_demand import CopyCounts
 from deployments.routing.placement_policy import PlacementPolicy
 
-_ANY_RANK = np.iinfo(np.int64).max
 _STEP_ROWS = 32.0  # rows that a step is taken to hold until a replica says
 
 
@@ -50,9 +49,14 @@ class ReplicaLoad:
     draining: bool = False
     rows: Mapping[str, int] = field(default_factory=dict)
 
-    def room(self) -> int:
-        """The largest rank that finds a slot now; 0 for none."""
-        return max((rank for rank, free in self.free_slots if free > 0), default=0) if self.free_slots else _ANY_RANK
+    @property
+    def stage(self) -> tuple[bool, bool, int]:
+        """What decisions hang on: whether it takes requests, and how many quarters of a step its rows fill."""
+        return self.saturated, self.draining, 4 * (self.running + self.waiting) // self.max_rows
+
+    def room(self) -> bool:
+        """Whether it has a slot to give, as far as is known."""
+        return not self.free_slots or any(free for _, free in self.free_slots)
 
 
 class Replica:
@@ -75,8 +79,8 @@ class FleetView:
     """See the module. Replicas go by Serve's unique id, adapters by ``residency.short_key``; "" is the base model.
 
     Arrays, one entry a replica, in the order of ``names``: ``hashes`` (uint64), ``loads`` and ``costs`` (float64, see
-    ``PlacementPolicy``), ``closed`` (int8: 0 takes requests, 1 saturated, 2 draining), ``room`` (int64, largest rank
-    that finds a slot). News of a replica that ``keep_only`` did not name are ignored.
+    ``PlacementPolicy``), ``closed`` (int8: 0 takes requests, 1 saturated, 2 draining), ``room`` (bool: it has a
+    slot to give). News of a replica that ``keep_only`` did not name are ignored.
     """
 
     def __init__(self, policy: PlacementPolicy) -> None:
@@ -222,7 +226,7 @@ class FleetView:
         self.loads: npt.NDArray[np.float64] = np.zeros(len(replicas))
         self.costs: npt.NDArray[np.float64] = np.zeros(len(replicas))
         self.closed: npt.NDArray[np.int8] = np.zeros(len(replicas), np.int8)
-        self.room: npt.NDArray[np.int64] = np.full(len(replicas), _ANY_RANK, np.int64)
+        self.room: npt.NDArray[np.bool_] = np.ones(len(replicas), np.bool_)
         for replica in replicas:
             self._measure(replica)
         self._assume_step_rows()
@@ -240,7 +244,7 @@ class FleetView:
         index, load = replica.index, replica.load
         self._weigh(replica)
         if load is None:
-            self.closed[index], self.room[index] = 0, _ANY_RANK
+            self.closed[index], self.room[index] = 0, True
         else:
             self.closed[index] = 2 if load.draining else 1 if load.saturated else 0
             self.room[index] = load.room()

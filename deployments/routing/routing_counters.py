@@ -10,6 +10,7 @@ from collections import Counter as Tally
 
 from ray.util import metrics
 
+from deployments.observability.catalog import NEWS_AGE, NEWS_DELAY, ROUTING_DECISIONS
 from deployments.placement import Reason
 
 DELAY_BOUNDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0]
@@ -20,20 +21,9 @@ class RoutingCounters:
 
     def __init__(self) -> None:
         self._tally: Tally[str] = Tally({reason.value: 0 for reason in Reason})
-        self._metric = metrics.Counter(
-            "lorafleet_routing_decisions",
-            description="Requests given to a replica, by the reason for choosing it.",
-            tag_keys=("reason",),
-        )
-        self._delay = metrics.Histogram(
-            "lorafleet_routing_news_delay_seconds",
-            description="From a change at a replica until a router of this process knew it, by both machines' clocks.",
-            boundaries=DELAY_BOUNDS,
-        )
-        self._age = metrics.Gauge(
-            "lorafleet_routing_news_age_seconds",
-            description="Since a router of this process last heard from the hub, news or not.",
-        )
+        self._metric = metrics.Counter(ROUTING_DECISIONS.name, ROUTING_DECISIONS.meaning, ROUTING_DECISIONS.labels)
+        self._delay = metrics.Histogram(NEWS_DELAY.name, NEWS_DELAY.meaning, boundaries=DELAY_BOUNDS)
+        self._age = metrics.Gauge(NEWS_AGE.name, NEWS_AGE.meaning)
 
     def count(self, reason: Reason) -> None:
         """One request was given to a replica for this reason."""

@@ -7,7 +7,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from ray.exceptions import RayError
@@ -35,14 +36,16 @@ class Admission:
         self.tenant = "" if caller is None else caller.tenant.name
         self.lease = uuid.uuid4().hex
         self.granted = False
+        self.prompt = 0
         self.since = time.monotonic()
         self.tokens = 0
         self.charged_at: float | None = None
         self.left_at: float | None = None
 
-    async def charge(self, tokens: int) -> None:
-        """Set aside what the request may use at most, its prompt and its completions. Raises ApiError: 429, or 400
-        when it is more than the tenant may ever use in a minute."""
+    async def charge(self, prompt: int, completion: int) -> None:
+        """Set aside the tokens that the request may use at most. Raises ApiError: 429, or 400 when they are more than
+        the tenant may ever use in a minute."""
+        self.prompt, tokens = prompt, prompt + completion
         if self._desk is not None and self.limits.tokens_per_minute is not None:
             assert self._caller is not None
             verdict = await self._desk.ask("charge", self, tokens)
@@ -64,9 +67,10 @@ class Admission:
 class Admissions:
     """Where one gateway's requests are let in."""
 
-    def __init__(self, find_register: Callable[[], Awaitable[Any]]) -> None:
-        """find_register: gives the register's actor handle; called again after an error."""
-        self._find = find_register
+    def __init__(self, find_register: Callable[[], Awaitable[Any]] | None = None) -> None:
+        """find_register: gives the register's actor handle; called again after an error. None: there is none, and
+        requests of tenants with limits are turned away."""
+        self._find = find_register or _none
         self._owner = uuid.uuid4().hex
         self._register: Any = None
         self._epoch: str | None = None  # of the register that has been told what this gateway knows
@@ -74,6 +78,17 @@ class Admissions:
         self._introducing = asyncio.Lock()
         self._known: dict[str, Admission] = {}  # that run, or count still
         self._task: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def admitted(self, caller: Caller) -> AsyncGenerator[Admission]:
+        """Around the beginning of a request. One that fails has left, one that is cancelled has used its prompt; one
+        that goes on leaves by itself."""
+        admission = await self.enter(caller)
+        try:
+            yield admission
+        except BaseException as error:
+            admission.leave(0 if isinstance(error, Exception) else admission.prompt)
+            raise
 
     async def enter(self, caller: Caller) -> Admission:
         """Let a request in. Raises ApiError: 429 when a limit is reached, 503 when that cannot be known."""
@@ -199,3 +214,7 @@ def _headers(kind: str, quota: Quota) -> dict[str, str]:
         f"x-ratelimit-remaining-{kind}": str(quota.remaining),
         f"x-ratelimit-reset-{kind}": f"{quota.reset_s:.3f}s",
     }
+
+
+async def _none() -> Any:
+    raise ValueError("there is no register of tenants")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +18,10 @@ from deployments.tenants.tenant import Tenant
 API_TOKEN_HEADER = "x-adapter-token"  # noqa: S105 - the header's name
 NOBODY = Tenant(adapters=(), base_model=False, server_credentials=False)
 PUBLIC = frozenset({"/health"})  # what load balancers ask, and says nothing
+
+
+_QUOTAS = [f"{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")]
+ANSWERED = ("x-request-id", "retry-after", "retry-after-ms", *(f"x-ratelimit-{quota}" for quota in _QUOTAS))
 
 
 class Keys(Protocol):
@@ -71,3 +78,17 @@ def _key(headers: Headers) -> str | None:
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
     return headers.get("x-api-key") or None
+
+
+def add_guard(app: FastAPI, keys: Keys | None, cors_origins: Sequence[str]) -> None:
+    """Have every request come through ``Authentication``. cors_origins: web pages of these origins may ask, with a key
+    that they were given ("*": of any); browsers keep all others from reading what is answered."""
+    app.add_middleware(Authentication, keys=keys)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=ANSWERED,
+        )

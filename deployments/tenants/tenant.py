@@ -6,6 +6,7 @@ import posixpath
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from adapter_store.merging_recipe import Merge
 from adapter_store.source import AdapterRef
 
 
@@ -46,24 +47,33 @@ class Tenant:
     def permits(self, model: str) -> bool:
         """Whether it may use the adapter that it calls ``model``, by the text alone: no file, no source is touched.
 
-        A reference to a folder is to be judged again by where it really is, with ``permits_reference``.
+        A reference to a folder is to be judged again by where it really is, with ``permits_found``.
         """
         if self.adapters is None:
             return True
-        if not AdapterRef.is_meant(model):
-            return any(fnmatchcase(model, one) for one in self.adapters if not AdapterRef.is_meant(one))
         try:
-            ref = AdapterRef.parse(model)
+            if Merge.is_meant(model):
+                parts = Merge.parse(model).parts
+                return all(self.permits(one.name if one.ref is None else str(one.ref)) for one in parts)
+            if AdapterRef.is_meant(model):
+                return self._permits_reference(AdapterRef.parse(model))
         except ValueError:
             return False
-        if ref.source == "local":
-            ref = AdapterRef("local", posixpath.normpath(ref.id))
-        return self.permits_reference(ref)
+        return any(fnmatchcase(model, one) for one in self.adapters if not AdapterRef.is_meant(one))
 
-    def permits_reference(self, ref: AdapterRef) -> bool:
-        """The same for a reference; a pattern may say its revision or leave it out."""
+    def permits_found(self, model: str, found: AdapterRef) -> bool:
+        """Whether it may use what the reference ``model``, which it ``permits``, was found to mean."""
         if self.adapters is None:
             return True
-        patterns = [one for one in self.adapters if AdapterRef.is_meant(one)]
+        if Merge.is_meant(model):  # parts that were named by a plain name mean what the operator says
+            pairs = zip(Merge.parse(model).parts, Merge.of(found).parts, strict=True)
+            return all(one.ref is None or (at.ref is not None and self._permits_reference(at.ref)) for one, at in pairs)
+        return self._permits_reference(found)
+
+    def _permits_reference(self, ref: AdapterRef) -> bool:
+        """A pattern may say a revision or leave it out."""
+        if ref.source == "local":
+            ref = AdapterRef("local", posixpath.normpath(ref.id))
+        patterns = [one for one in self.adapters or () if AdapterRef.is_meant(one)]
         bare, full = str(ref.unpinned), str(ref)
         return any(fnmatchcase(bare, one) or fnmatchcase(full, one) for one in patterns)

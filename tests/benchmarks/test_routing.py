@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
 import pytest
 
 from benchmarks.plot.draw import draw
 from benchmarks.routing.comparison import Run, counted, together, verdict
+from benchmarks.routing.far_store import FarStore
 from benchmarks.routing.node_loss import account, failures
 from benchmarks.routing.policies import Policy
-from benchmarks.routing.traffic import Outcome, gateway_lost
+from benchmarks.routing.tenants import Tenants
+from benchmarks.routing.traffic import Outcome, Traffic, gateway_lost
 from benchmarks.serving.answer import Answer, Ending
 
 
@@ -30,21 +38,53 @@ def test_exact_is_all_of_it_or_the_beginning_of_it() -> None:
 
 
 def test_replicas_are_counted_between_two_looks() -> None:
-    before = [{"replica": "a", "asked": 10, "found": 4, "loads": 6}]
+    before = [{"replica": "a", "asked": 10, "found": 4, "loads": 6, "fetched": 5}]
     after = [
-        {"replica": "a", "asked": 16, "found": 8, "loads": 8},
-        {"replica": "b", "asked": 2, "found": 0, "loads": 2},
+        {"replica": "a", "asked": 16, "found": 8, "loads": 8, "fetched": 6},
+        {"replica": "b", "asked": 2, "found": 0, "loads": 2, "fetched": 2},
     ]
     assert counted(before, after) == {
-        "a": {"asked": 6, "found": 4, "loads": 2},
-        "b": {"asked": 2, "found": 0, "loads": 2},
+        "a": {"asked": 6, "found": 4, "loads": 2, "fetched": 1},
+        "b": {"asked": 2, "found": 0, "loads": 2, "fetched": 2},
     }
+
+
+TENANTS = Tenants(Path(), {}, 4, {f"tenant-{number}": [("?", "!")] for number in range(20)})
+
+
+@pytest.mark.parametrize(("shape", "apart"), [(1.0, 1.0), (0.125, 8.0)])
+def test_an_adapters_requests_come_by_a_process_of_that_shape(shape: float, apart: float) -> None:
+    warm, counted = Traffic(TENANTS, 20.0, 0.0, shape).arrivals(500, 3500, 0)
+    assert (len(warm), len(counted), counted[0].at) == (500, 3500, 0.0)
+    times: dict[str, list[float]] = {}
+    for one in counted:
+        times.setdefault(one.model, []).append(one.at)
+    gaps = [np.diff(own) for own in times.values()]
+    assert counted[-1].at == pytest.approx(3500 / 20, rel=0.25)
+    spread = np.mean([gap.var() / gap.mean() ** 2 for gap in gaps])
+    assert 0.6 * apart < spread < 1.4 * apart, "squared coefficient of variation: 1 / shape"
+
+
+def test_routers_get_the_same_requests() -> None:
+    assert Traffic(TENANTS, 20.0, 1.0, 0.5).arrivals(5, 20, 7) == Traffic(TENANTS, 20.0, 1.0, 0.5).arrivals(5, 20, 7)
+
+
+def test_a_far_store_answers_late_and_any_number_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("weights")
+    with FarStore(tmp_path, 0.2) as far, ThreadPoolExecutor(8) as pool:
+        begun = time.monotonic()
+        assert list(pool.map(lambda _: httpx.get(f"{far.url}/a").text, range(8))) == ["weights"] * 8
+        assert time.monotonic() - begun > 0.2
+        assert httpx.head(f"{far.url}/b").status_code == 404
 
 
 def run(policy: Policy, repetition: int, ttfts: list[float], found: int, loads: int) -> Run:
     asked = len(ttfts)
-    replicas = {"a": {"asked": asked, "found": found, "loads": loads}, "b": {"asked": 0, "found": 0, "loads": 0}}
-    return Run(policy, repetition, [outcome(ttft=ttft) for ttft in ttfts], replicas)
+    replicas = {
+        "a": {"asked": asked, "found": found, "loads": loads, "fetched": loads},
+        "b": {"asked": 0, "found": 0, "loads": 0, "fetched": 0},
+    }
+    return Run(policy, repetition, [outcome(ttft=ttft) for ttft in ttfts], replicas, {"hub": 1.0}, 4.0)
 
 
 RUNS = [
@@ -59,7 +99,8 @@ def test_repetitions_together() -> None:
     ours, rival = together(RUNS)
     assert (ours["policy"], ours["requests"], ours["exact"], ours["errors"]) == ("ours", 4, 4, 0)
     assert (ours["hit_rate"], ours["loads"], ours["busiest"]) == (0.75, 1.5, 2.0)
-    assert (ours["ttft_ms_p50"], ours["ttft_ms_p99"]) == (200.0, 400.0)
+    assert (ours["ttft_ms_p50"], ours["ttft_ms_p99"], ours["hub_cores"]) == (200.0, 400.0, 0.25)
+    assert ours["ttft_ms_p99_median"] == pytest.approx(300.0)
     assert (rival["policy"], rival["hit_rate"], rival["loads"]) == ("hash", 0.25, 3.0)
     (line,) = verdict([ours, rival])
     assert line.startswith("against hash: 50 % fewer loads, hit rate 0.750 to 0.250")

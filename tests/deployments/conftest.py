@@ -9,6 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import NoOpTracer, Tracer
 
 from adapter_store.catalog import Catalog
 from adapter_store.settings import StoreSettings
@@ -17,6 +21,11 @@ from deployments.adapters.directory import AdapterDirectory
 from deployments.adapters.replica_adapters import ReplicaAdapters
 from deployments.api.http_app import create_http_app
 from deployments.api.service import CompletionService, ServiceLimits
+from deployments.observability.request_metrics import RequestMetrics
+from deployments.observability.request_record import RequestRecord
+from deployments.observability.spans import generation_span
+from deployments.observability.telemetry import Telemetry
+from deployments.observability.tracing import carried
 from deployments.pacing import together
 from engine.engine import Engine
 from engine.request import GenerationChunk, GenerationRequest
@@ -37,19 +46,24 @@ STORE = StoreSettings(
 class LocalFleet:
     """One engine in the place of the replicas; chunks and errors cross the wire format all the same."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tracer: Tracer | None = None) -> None:
         self.engine = engine
+        self.tracer = tracer or NoOpTracer()
         self.adapters = ReplicaAdapters(engine)
 
     async def generate(
-        self, request: GenerationRequest, model: str, *, whole: bool = False
+        self, request: GenerationRequest, model: str, record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
         try:
-            with self.adapters.used_by_request(request.adapter, request.adapter_digest):
+            with (
+                generation_span(self.tracer, carried(record.span), request, "local") as progress,
+                self.adapters.used_by_request(request.adapter, request.adapter_digest, request.api_token),
+            ):
                 chunks = self.engine.generate(GenerationRequest.from_dict(request.to_dict()))
-                items = together(chunks) if whole else chunks
+                items = together(chunks) if record.whole else chunks
                 async with aclosing(chunks), aclosing(items):
                     async for chunk in items:
+                        progress.last = chunk
                         yield wire.decode(wire.encode_chunk(chunk), model)
         except wire.REFUSALS as error:
             wire.decode(wire.encode_error(error, "local"), model)
@@ -67,15 +81,35 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def fleet(engine: Engine) -> LocalFleet:
-    return LocalFleet(engine)
+def spans() -> InMemorySpanExporter:
+    """Where spans of requests go."""
+    return InMemorySpanExporter()
 
 
 @pytest.fixture
-def service(fleet: LocalFleet) -> Iterator[CompletionService]:
+def tracer(spans: InMemorySpanExporter) -> Tracer:
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    return provider.get_tracer("test")
+
+
+@pytest.fixture
+def metrics() -> RequestMetrics:
+    return RequestMetrics(adapters=50, tenants=50)
+
+
+@pytest.fixture
+def fleet(engine: Engine, tracer: Tracer) -> LocalFleet:
+    return LocalFleet(engine, tracer)
+
+
+@pytest.fixture
+def service(fleet: LocalFleet, metrics: RequestMetrics, tracer: Tracer) -> Iterator[CompletionService]:
     limits = ServiceLimits(max_choices=16, threads=2, max_body_bytes=2**16)
     directory = AdapterDirectory(BASE_MODEL, Catalog(STORE), limits.threads)
-    made = CompletionService(directory, DEMO / "model", fleet, fleet.engine.max_model_len, limits)
+    made = CompletionService(
+        directory, DEMO / "model", fleet, fleet.engine.max_model_len, limits, Telemetry(metrics, tracer)
+    )
     yield made
     made.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import math
 
 import httpx
@@ -15,7 +14,6 @@ import torch
 
 from deployments.api.http_app import create_http_app
 from deployments.protocol.errors import ReplicaLost
-from engine.request import GenerationRequest
 from examples.demo.words import held_out_prompts
 
 from .conftest import BASE_MODEL, DEMO
@@ -139,7 +137,7 @@ async def test_other_errors_have_the_envelope_too(http, client, fleet, monkeypat
     assert sorted(status for status, _ in many)[0] == 200
     assert {body["error"]["code"] for status, body in many if status != 200} <= {"overloaded"}
 
-    async def dies(request, model, *, whole=False):
+    async def dies(request, model, record):
         raise ReplicaLost("no replica answered: try again in a moment", started=False)
         yield
 
@@ -148,22 +146,22 @@ async def test_other_errors_have_the_envelope_too(http, client, fleet, monkeypat
     assert (status, body["error"]["code"]) == (503, "replica_unavailable")
 
 
-async def test_a_tenant_is_who_asks_and_what_ends_is_observed(service, fleet, monkeypatch):
-    real, asked, seen = fleet.generate, [], []
+async def test_each_input_is_a_row_of_who_asks_and_the_request_is_told_once(http, fleet, metrics, monkeypatch):
+    real, asked = fleet.generate, []
 
-    async def watched(request: GenerationRequest, model, *, whole=False):
+    async def watched(request, model, record):
         asked.append(request)
-        async for chunk in real(request, model, whole=whole):
+        async for chunk in real(request, model, record):
             yield chunk
 
     monkeypatch.setattr(fleet, "generate", watched)
-    monkeypatch.setattr(service, "_observe", lambda *counted: seen.append(counted))
-    transport = httpx.ASGITransport(create_http_app(service), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-        _, body = await post(http, model="shout", input=[FIRST, SECOND], user="tenant-a")
-        await post(http, model="nobody")
-        await post(http, dimensions=3)
+    _, body = await post(http, model="shout", input=[FIRST, SECOND], user="tenant-a")
+    await post(http, model="nobody")
     assert [(one.tenant, one.pooling) for one in asked] == [("tenant-a", "mean")] * 2
     assert len({one.request_id for one in asked}) == 2
-    assert seen == [("shout", 200, body["usage"]["prompt_tokens"], 0), ("", 404, 0, 0), ("", 400, 0, 0)]
-    assert json.dumps(body)
+    told = await metrics.read()
+    assert told["lorafleet_adapter_requests_total", "shout", "200"] == 1
+    assert told["lorafleet_adapter_requests_total", "", "404"] == 1
+    assert told["lorafleet_adapter_tokens_total", "shout", "prompt"] == body["usage"]["prompt_tokens"]
+    assert not [key for key in told if key[0] == "lorafleet_requests_cut_total"]
+    assert told[("lorafleet_requests_open",)] == 0

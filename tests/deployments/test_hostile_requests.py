@@ -8,6 +8,7 @@ import pytest
 
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError
+from deployments.tenants.caller import Caller
 
 from .conftest import BASE_MODEL
 
@@ -56,7 +57,9 @@ async def test_too_many_completions_are_refused_before_any_text_is_read(service,
     monkeypatch.setattr(service, "_prompts", read)
     for many in ({"prompt": ["a"] * 1000}, {"n": 10**9}):
         with pytest.raises(ApiError, match="over the limit"):
-            await service.start(CompletionBody(**({"model": BASE_MODEL, "prompt": PROMPT} | many)), stream=False)
+            await service.start(
+                CompletionBody(**({"model": BASE_MODEL, "prompt": PROMPT} | many)), stream=False, caller=Caller()
+            )
 
 
 async def test_what_does_not_fit_the_context_has_openais_code(http):

@@ -8,9 +8,10 @@ import json
 import httpx
 import pytest
 
-from deployments.api.http_app import EventStream
+from deployments.api.http_app import GenerationStream
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ReplicaLost
+from deployments.tenants.caller import Caller
 from engine.request import GenerationFailed
 from examples.demo.words import answer, held_out_prompts
 
@@ -191,8 +192,8 @@ async def test_a_full_queue_is_503_and_leaves_nothing_running(http, engine):
 async def test_what_breaks_after_the_status_is_an_event_of_its_own(http, fleet, monkeypatch):
     real = fleet.generate
 
-    async def dies(request, model, *, whole=False):
-        async for chunk in real(request, model, whole=whole):
+    async def dies(request, model, record):
+        async for chunk in real(request, model, record):
             yield chunk
             raise ReplicaLost("the replica that ran this request died", started=True)
 
@@ -210,7 +211,7 @@ async def test_what_breaks_after_the_status_is_an_event_of_its_own(http, fleet, 
     ],
 )
 async def test_an_internal_error_is_500_and_only_our_own_words_are_told(http, fleet, monkeypatch, raised, code, told):
-    async def breaks(request, model, *, whole=False):
+    async def breaks(request, model, record):
         raise raised
         yield
 
@@ -222,7 +223,7 @@ async def test_an_internal_error_is_500_and_only_our_own_words_are_told(http, fl
 async def test_a_response_that_is_never_sent_ends_its_generation(service, engine):
     """The client left between the first token and the first byte."""
     body = CompletionBody(model=BASE_MODEL, prompt=PROMPT, max_tokens=400, ignore_eos=True, stream=True)
-    generation = await service.start(body, stream=True)
+    generation = await service.start(body, stream=True, caller=Caller())
     assert not idle(engine)
 
     async def broken_send(_):
@@ -232,7 +233,7 @@ async def test_a_response_that_is_never_sent_ends_its_generation(service, engine
         await asyncio.sleep(60)
 
     with pytest.raises(BaseException) as caught:
-        await EventStream(generation, body)({"type": "http", "asgi": {}}, receive, broken_send)
+        await GenerationStream(generation, body)({"type": "http", "asgi": {}}, receive, broken_send)
     assert "connection lost" in repr(caught.value) or caught.group_contains(OSError)
     for _ in range(100):
         if idle(engine):

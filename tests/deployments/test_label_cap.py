@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from deployments.adapters.label_cap import OTHER, LabelCap
+from deployments.observability.label_cap import OTHER, LabelCap
 
 
 def test_every_name_has_its_label_while_there_are_few():

@@ -93,11 +93,29 @@ async def test_a_load_that_changes_all_the_time_is_told_now_and_then_and_at_last
         scene.load = ReplicaLoad(running=running, max_rows=8)
         await asyncio.sleep(0.001)
     await until(lambda: scene.view.loads[0] == 300 / 8)
-    assert scene.published <= 2 + (time.monotonic() - started) / news_publisher.LOAD_SECONDS
+    assert scene.published <= 2 + (time.monotonic() - started) / news_publisher.LOOK_SECONDS
+
+
+async def test_a_load_that_decides_nothing_is_told_at_leisure(scene, monkeypatch):
+    monkeypatch.setattr(news_publisher, "HEARTBEAT_SECONDS", 60.0)
+    monkeypatch.setattr(news_publisher, "LOOK_SECONDS", 0.001)
+    await until(lambda: scene.view.step_rows == 8)
+    scene.count_messages()
+    scene.load = ReplicaLoad(running=1, max_rows=8)
+    await asyncio.sleep(0.1)
+    assert not scene.published
+    scene.load = ReplicaLoad(running=2, max_rows=8)
+    await until(lambda: scene.view.loads[0] == 2 / 8)
+    scene.load = ReplicaLoad(running=3, max_rows=8)
+    scene.holdings.in_slots(KEYS[:1])
+    scene.publisher.changed()
+    await until(lambda: scene.resident())
+    assert scene.view.loads[0] == 3 / 8, "it goes along with news of adapters"
+    assert scene.published == 2
 
 
 async def test_a_full_queue_is_told_without_waiting_for_the_next_look_at_the_load(scene, monkeypatch):
-    monkeypatch.setattr(news_publisher, "LOAD_SECONDS", 60.0)
+    monkeypatch.setattr(news_publisher, "LOOK_SECONDS", 60.0)
     await until(lambda: scene.reader.cursor)
     scene.load = ReplicaLoad(max_rows=8, saturated=True)
     scene.publisher.changed()

@@ -10,6 +10,7 @@ from adapter_store.settings import StoreSettings
 from deployments.adapters.directory import AdapterDirectory
 from deployments.api.service import CompletionService
 from deployments.protocol.completions import CompletionBody
+from deployments.tenants.caller import Caller
 from engine.engine import Engine
 from engine.settings import EngineSettings
 from examples.demo.words import answer, held_out_prompts
@@ -44,17 +45,17 @@ async def test_content_replaced_in_its_place_is_served_anew_where_the_old_cannot
     asked = {"model": "tenant", "prompt": PROMPT, "temperature": 0, "max_tokens": 80}
 
     async def text() -> str:
-        generation = await service.start(CompletionBody.model_validate(asked), stream=False)
+        generation = await service.start(CompletionBody.model_validate(asked), stream=False, caller=Caller())
         return (await generation.finished())[0].text
 
     try:
-        old = await directory.resolve("tenant")
+        old = await directory.resolve("tenant", Caller())
         publish(tmp_path / "bucket/tenant", "mirror")
-        assert await directory.resolve("tenant") == old
+        assert await directory.resolve("tenant", Caller()) == old
         assert await text() == answer(PROMPT, "mirror")
-        new = await directory.resolve("tenant")
+        new = await directory.resolve("tenant", Caller())
         assert new is not None and old is not None and new.digest != old.digest
-        assert await directory.resolve("tenant", gone=old.digest) == new
+        assert await directory.resolve("tenant", Caller(), gone=old.digest) == new
     finally:
         service.close()
         await engine.close()

@@ -71,16 +71,14 @@ def views(draw):
 
 @st.composite
 def requests(draw, view_names=()):
-    return PlacementRequest(
-        draw(st.sampled_from(["", *ADAPTERS, "nowhere"])), rank=draw(st.sampled_from([0, 8, 64, 128]))
-    )
+    return PlacementRequest(draw(st.sampled_from(["", *ADAPTERS, "nowhere"])))
 
 
 @laws
 @given(views(), requests(), st.data())
 def test_a_ranking_names_replicas_that_exist_once_each_and_somebody(view, request, data):
     avoid = frozenset(data.draw(st.sets(st.sampled_from([*view.names, "gone"]))))
-    request = PlacementRequest(request.adapter, request.rank, avoid=avoid)
+    request = PlacementRequest(request.adapter, avoid)
     names = [choice.replica for choice in place(view, request, 0.5)]
     assert 1 <= len(names) == len(set(names)) <= SINGLES
     assert set(names) <= set(view.names)
@@ -91,7 +89,7 @@ def test_a_ranking_names_replicas_that_exist_once_each_and_somebody(view, reques
 def test_nobody_saturated_draining_or_avoided_is_named_while_another_can_serve(view, request, data):
     avoid = frozenset(data.draw(st.sets(st.sampled_from(view.names))))
     able = {name for name, closed in zip(view.names, view.closed, strict=True) if not closed and name not in avoid}
-    ranking = place(view, PlacementRequest(request.adapter, request.rank, avoid=avoid), 0.5)
+    ranking = place(view, PlacementRequest(request.adapter, avoid), 0.5)
     if able:
         assert {choice.replica for choice in ranking} <= able
     else:
@@ -308,18 +306,19 @@ def test_a_cold_adapter_passes_over_a_home_that_is_far_busier_than_the_rest():
     assert first(view, "x") == Choice(second, Reason.HOME)
 
 
-def test_a_cold_adapter_passes_over_a_home_without_a_slot_for_it_while_another_has_one():
+def test_a_cold_adapter_passes_over_a_home_without_a_slot_to_give_while_another_has_one():
     view = fleet()
     home, second, *others = homes(view, "x")
-    rows(view, home, 1, free_slots=((16, 1), (64, 0)))
-    assert first(view, "x", rank=16).replica == home
-    assert first(view, "x", rank=32).replica == second
+    rows(view, home, 1, free_slots=((16, 0), (64, 1)))
+    assert first(view, "x").replica == home
+    rows(view, home, 1, free_slots=((16, 0), (64, 0)))
+    assert first(view, "x").replica == second
     for name in (second, *others):
         rows(view, name, 1, free_slots=((16, 0), (64, 0)))
-    assert first(view, "x", rank=32).replica == home
+    assert first(view, "x").replica == home
     # It does not leave a home that can take it for the sake of a lesser load.
     rows(view, home, 2, free_slots=((16, 1),))
-    assert first(view, "x", rank=16).replica == home
+    assert first(view, "x").replica == home
 
 
 def test_a_hot_adapter_takes_a_second_replica_and_both_share_its_work():

@@ -10,6 +10,7 @@ from adapter_store.settings import StoreSettings
 from deployments.adapters.directory import AdapterDirectory
 from deployments.api.service import CompletionService
 from deployments.protocol.completions import CompletionBody
+from deployments.tenants.caller import Caller
 from engine.engine import Engine
 from engine.settings import EngineSettings
 from examples.demo.words import answer, held_out_prompts
@@ -45,7 +46,7 @@ async def test_a_moved_branch_is_served_anew_on_schedule_and_never_goes_back(tmp
 
         async def text(**changes: object) -> str:
             asked = {"model": "tenant", "prompt": PROMPT, "temperature": 0, "max_tokens": 80} | changes
-            generation = await service.start(CompletionBody.model_validate(asked), stream=False)
+            generation = await service.start(CompletionBody.model_validate(asked), stream=False, caller=Caller())
             return (await generation.finished())[0].text
 
         try:
@@ -55,6 +56,7 @@ async def test_a_moved_branch_is_served_anew_on_schedule_and_never_goes_back(tmp
                     {"model": "tenant", "prompt": PROMPT, "temperature": 0, "max_tokens": 80}
                 ),
                 stream=True,
+                caller=Caller(),
             )
             hub.publish("acme/tenant", files("mirror"))
             texts = [await text()]

@@ -122,7 +122,7 @@ async def test_a_replica_that_says_it_is_saturated_or_that_refused_is_passed_ove
 
 async def test_the_replica_is_told_why_it_was_chosen(router):
     resident(router, "r1", B)
-    request = pending(B, routing={"prompt_tokens": 5, "tenant": "", "avoid": ()})
+    request = pending(B, routing={"avoid": ()})
     assert await choose(router, request) == "r1"
     assert request.kwargs["routing"]["reason"] == "resident"
 

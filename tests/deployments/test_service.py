@@ -11,6 +11,7 @@ from deployments.adapters.directory import AdapterDirectory
 from deployments.protocol.chat import logprobs_object
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.errors import ApiError
+from deployments.tenants.caller import Caller
 from engine.request import TokenLogprob
 from examples.demo.words import answer, held_out_prompts
 
@@ -34,7 +35,7 @@ async def test_an_adapter_that_changed_meanwhile_is_looked_up_once_more(service,
             yield chunk
 
     monkeypatch.setattr(fleet, "generate", stale_once)
-    chunks = await (await service.start(body(), stream=False)).finished()
+    chunks = await (await service.start(body(), stream=False, caller=Caller())).finished()
     assert chunks[0].text == answer(PROMPT, "shout") and len(asked) == 2
 
     async def always_stale(request, model, *, whole=False):
@@ -45,14 +46,14 @@ async def test_an_adapter_that_changed_meanwhile_is_looked_up_once_more(service,
     asked.clear()
     monkeypatch.setattr(fleet, "generate", always_stale)
     with pytest.raises(AdapterChanged):
-        await service.start(body(), stream=False)
+        await service.start(body(), stream=False, caller=Caller())
     assert len(asked) == 2
 
 
 async def test_more_completions_than_allowed_are_refused_before_anything_runs(service, engine):
     before = engine.stats().prompt_tokens
     with pytest.raises(ApiError) as caught:
-        await service.start(body(n=17), stream=False)
+        await service.start(body(n=17), stream=False, caller=Caller())
     assert caught.value.param == "n" and engine.stats().prompt_tokens == before
 
 
@@ -65,7 +66,9 @@ async def test_each_choice_is_a_request_of_its_own_with_the_same_adapter_content
             yield chunk
 
     monkeypatch.setattr(fleet, "generate", seen)
-    await (await service.start(body(prompt=[PROMPT, PROMPT], n=2, seed=5, user="tenant-a"), stream=False)).finished()
+    await (
+        await service.start(body(prompt=[PROMPT, PROMPT], n=2, seed=5, user="tenant-a"), stream=False, caller=Caller())
+    ).finished()
     assert len({request.request_id for request in requests}) == 4
     assert [request.sampling.seed for request in requests] == [5, 6, 5, 6]
     assert {request.tenant for request in requests} == {"tenant-a"}

@@ -12,6 +12,7 @@ from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
 from adapter_store.settings import StoreSettings
 from deployments.adapters.directory import AdapterDirectory
+from deployments.tenants.caller import Caller
 from tests.adapter_store.hub_server import SilentHub
 
 FILES = {CONFIG_FILE: b'{"peft_type": "LORA"}', WEIGHTS_FILE: b"weights"}
@@ -33,17 +34,17 @@ async def test_others_are_looked_up_and_what_is_known_is_served(
             negative_ttl_s=60,
         )
         directory = AdapterDirectory("base", Catalog(settings), threads=2)
-        known = await directory.resolve("hub:acme/known")
+        known = await directory.resolve("hub:acme/known", Caller())
         with pytest.raises(AdapterNotFound):
-            await directory.resolve("hub:acme/nothing")
-        waiting = [asyncio.create_task(directory.resolve(f"hub:acme/silent{number}")) for number in range(20)]
+            await directory.resolve("hub:acme/nothing", Caller())
+        waiting = [asyncio.create_task(directory.resolve(f"hub:acme/silent{number}", Caller())) for number in range(20)]
         for _ in range(2):
             assert await asyncio.to_thread(hub.asked.acquire, timeout=30)
-        other = await asyncio.wait_for(directory.resolve("hub:globex/new"), 20)
+        other = await asyncio.wait_for(directory.resolve("hub:globex/new", Caller()), 20)
         assert other is not None and other.ref.id == "globex/new"
-        assert await asyncio.wait_for(directory.resolve("hub:acme/known"), 20) == known
+        assert await asyncio.wait_for(directory.resolve("hub:acme/known", Caller()), 20) == known
         with pytest.raises(AdapterNotFound):
-            await asyncio.wait_for(directory.resolve("hub:acme/nothing"), 20)
+            await asyncio.wait_for(directory.resolve("hub:acme/nothing", Caller()), 20)
         assert not any(task.done() for task in waiting)
         assert len(hub.requests("/silent")) == 2
         hub.released.set()

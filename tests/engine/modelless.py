@@ -126,6 +126,7 @@ class ModellessEngine:
             pages=self.pages,
             slots=self.pool,
             store=self.store,
+            grammars=None,
         )
         self.loop = StepLoop(parts, settings)
         self.sequences: list[Sequence] = []

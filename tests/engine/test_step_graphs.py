@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adapter_store.slots import Slot
+from engine.changed_rows import ChangedRows
 from engine.flight import SampledToken
 from engine.prompt_reading import reading_for
 from engine.request import GenerationRequest, SamplingParams
@@ -41,7 +42,8 @@ class Rows:
 
     def __init__(self, served: Served, buckets: Many[int] | None, mixed: Many[StepShape] = ()) -> None:
         self.served = served
-        self.runner = Runner(served.model, served.model.new_kv_cache(PAGES, PAGE), served.pool, 32)
+        changed = ChangedRows(8, served.model.spec.vocab_size, served.model.device)
+        self.runner = Runner(served.model, served.model.new_kv_cache(PAGES, PAGE), served.pool, 32, changed)
         self.runner.poison(range(PAGES))
         if buckets is not None:
             shapes = [StepShape(rows, 0, 0) for rows in buckets]
