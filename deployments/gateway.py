@@ -17,15 +17,18 @@ from adapter_store.catalog import Catalog
 from deployments.adapters.admin import AdapterAdmin
 from deployments.adapters.declaration_feed import DeclarationFeed
 from deployments.adapters.directory import AdapterDirectory
-from deployments.adapters.routes import add_adapter_routes
+from deployments.adapters.routes import add_adapter_routes, admin_rule
 from deployments.api.embeddings import embed
 from deployments.api.generation import Generation
 from deployments.api.handle_errors import builtin_error
 from deployments.api.http_app import create_http_app
 from deployments.api.service import CompletionService
+from deployments.console.console import Console
+from deployments.console.routes import add_console_routes
+from deployments.console.serve_states import ServeStates
 from deployments.draining import Drain
 from deployments.fleet import Fleet
-from deployments.hub import find_hub
+from deployments.hub import REPLICA_DEPLOYMENT, find_hub
 from deployments.live import LiveConfig
 from deployments.observability.catalog import GATEWAY
 from deployments.observability.publisher import MetricPublisher
@@ -78,7 +81,10 @@ class Gateway:
         metrics = RequestMetrics(args.gateway.metric_adapters, args.gateway.metric_tenants)
         self._metrics = MetricPublisher(GATEWAY, metrics.read, PERIOD_SECONDS)
         fleet = Fleet(replicas, self._tracing.tracer)
-        self._drain = Drain(args.gateway_grace_s(), fleet.stop)
+        states = ServeStates(serve.get_replica_context().app_name, REPLICA_DEPLOYMENT)
+        served = ServedReplicas(replicas)
+        self._console = Console(args.base_model_name, catalog, served, self.routing_counters, states.read)
+        self._drain = Drain(args.gateway_grace_s(), fleet.stop, self._console.feed.close)
         self._service = CompletionService(
             self._directory,
             args.model_folder(),
@@ -90,7 +96,7 @@ class Gateway:
             self._gate.admissions,
         )
         load_seconds = args.store_settings().hub_download_timeout_s
-        self._admin = AdapterAdmin(self._directory, self._feed, ServedReplicas(replicas), load_seconds)
+        self._admin = AdapterAdmin(self._directory, self._feed, served, load_seconds)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor: the routes close over this replica's service."""
@@ -104,6 +110,8 @@ class Gateway:
         if self._tracing.on:
             app.add_middleware(IncomingTrace)
         add_adapter_routes(app, self._admin, section.admin, lambda: self._config.refused)
+        if section.admin != "off":
+            add_console_routes(app, self._console.feed, admin_rule(section.admin))
         return app
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:

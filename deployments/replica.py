@@ -18,6 +18,7 @@ from deployments.adapters.declaration_feed import DeclarationFeed
 from deployments.adapters.declarations import Declaration
 from deployments.adapters.pins import PinKeeper
 from deployments.adapters.replica_adapters import ReplicaAdapters
+from deployments.console.replica_view import ReplicaView
 from deployments.draining import Drain
 from deployments.hub import HUB_METADATA, HUB_NAME
 from deployments.live import LiveConfig
@@ -69,6 +70,8 @@ class LoraReplica:
         self._open.push_async_callback(self._engine.close)
         await self._engine.start()
         self._adapters = ReplicaAdapters(self._engine)
+        version = serve.get_replica_context().code_version or ""
+        self._view = ReplicaView(self._name, version[:8], self._engine, lambda: self._draining)
         self._pressure = PressureGauge(self._engine)
         self._feed = DeclarationFeed(_own_hub, self._hear)
         self._pins: PinKeeper | None = None
@@ -150,6 +153,7 @@ class LoraReplica:
             "unload": self._adapters.unload,
             "settle_pins": self._settle_pins,
             "held": self._held,
+            "view": self._view.read,
         }
         try:
             return {"replica": self._name, "result": await orders[method](*args)}

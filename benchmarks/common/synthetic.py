@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
+import string
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from adapter_store.layout import AdapterLayout
 
@@ -120,3 +126,25 @@ def write_random_adapters(folder: Path, layout: AdapterLayout, ranks: Mapping[st
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as writers:
         list(writers.map(write, itertools.count(), ranks))
+
+
+def write_random_tokenizer(model: Path, seed: int = 0) -> None:
+    """Give a model folder a byte-level ``tokenizer.json`` of random words, as wide as its logits.
+
+    Text cannot be encoded well with it (it has no merges); tokens have texts, as long as a real vocabulary's.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    special = {config["bos_token_id"]: "<|begin|>", config["eos_token_id"]: "<|end|>"}
+    rng = random.Random(seed)
+    letters = string.ascii_lowercase * 8 + string.ascii_uppercase + string.digits + string.punctuation
+    words = dict.fromkeys(sorted(ByteLevel.alphabet()))
+    while len(words) < config["vocab_size"]:
+        space = "\u0120" if rng.random() < 0.5 else ""  # how a byte-level vocabulary writes a blank
+        words[space + "".join(rng.choices(letters, k=rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7, 9))))] = None
+    texts = iter(words)
+    vocab = {special.get(token) or next(texts): token for token in range(config["vocab_size"])}
+    backend = Tokenizer(BPE(vocab, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    backend.add_special_tokens([*special.values()])
+    backend.save(str(model / "tokenizer.json"))

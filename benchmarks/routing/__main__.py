@@ -142,9 +142,9 @@ def show(row: Row) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run, print, write and draw; fail on a wrong text or a lost request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000, help="a router and repetition")
+    parser.add_argument("--requests", type=int, default=667, help="a router and repetition")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--warm", type=int, default=200, help="requests before, not counted")
+    parser.add_argument("--warm", type=int, default=150, help="requests before, not counted")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--zipf", type=float, default=1.0)
     parser.add_argument("--shape", type=float, default=0.125, help="of the Gamma times between an adapter's requests")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -17,7 +16,9 @@ from adapter_store.errors import AdapterError
 from deployments.api import sse
 from deployments.api.body_limit import BodyLimit
 from deployments.api.embeddings import add_embedding_routes
+from deployments.api.explain import explain
 from deployments.api.generation import Generation
+from deployments.api.lorax import add_lorax_routes
 from deployments.api.openapi import GENERATES, answers
 from deployments.api.rendering import events, whole
 from deployments.api.request_id import HEADER, RequestId, current_request_id
@@ -26,12 +27,10 @@ from deployments.api.tokenize import add_tokenize_routes
 from deployments.protocol.answers import ChatAnswer, ChatEvent, CompletionAnswer, Health, ModelList, ModelObject
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
-from deployments.protocol.errors import ApiError, ReplicaLost, from_exception, from_validation
+from deployments.protocol.errors import ApiError, ReplicaLost, from_validation
 from deployments.tenants.authentication import Keys, add_guard
 from deployments.tenants.caller import Caller, CallerOf
 from engine.request import EngineOverloaded, GenerationFailed, InvalidRequest
-
-logger = logging.getLogger("ray.serve")
 
 
 def create_http_app(
@@ -92,10 +91,10 @@ def create_http_app(
         return _envelope(ApiError(error.status_code, message, code=code, headers=error.headers))
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
-        return _envelope(_explain(error))
+        return _envelope(explain(error))
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        response = _envelope(_explain(error))  # sent from outside of every middleware
+        response = _envelope(explain(error))  # sent from outside of every middleware
         if answers_carry_id:
             response.headers[HEADER] = current_request_id()
         return response
@@ -103,6 +102,7 @@ def create_http_app(
     for kind in (ApiError, InvalidRequest, AdapterError, EngineOverloaded, GenerationFailed, ReplicaLost):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(Exception, failed)
+    add_lorax_routes(app, service)
     return app
 
 
@@ -126,7 +126,7 @@ async def _respond(service: CompletionService, body: CompletionBody | ChatBody, 
         if not body.stream:
             return JSONResponse(await whole(generation, body))
     except Exception as error:  # every error has its envelope; unknown ones are logged and say nothing
-        return _envelope(_explain(error))
+        return _envelope(explain(error))
     return GenerationStream(generation, body)
 
 
@@ -137,15 +137,8 @@ async def _event_stream(generation: Generation, body: CompletionBody | ChatBody)
             async for event in stream:
                 yield sse.event(event)
     except Exception as error:
-        yield sse.event(_explain(error).body())
+        yield sse.event(explain(error).body())
     yield sse.DONE
-
-
-def _explain(error: Exception) -> ApiError:
-    explained = from_exception(error)
-    if explained.status == 500:
-        logger.error("request %s failed", current_request_id(), exc_info=error)
-    return explained
 
 
 def _envelope(error: ApiError) -> JSONResponse:

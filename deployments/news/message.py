@@ -37,7 +37,8 @@ class ReplicaNews:
 
     sequence: grows by one with every message of a replica that has ``keys``, and stays for others. whole: ``keys`` are
     all there are. keys: ``pack_keys``, None where nothing changed. load: ``pack_load``, None where it did not change.
-    since: when the oldest of the changes came about, in seconds of the replica's wall clock.
+    since: when the oldest of the changes came about, in seconds of the replica's wall clock. urgent: whoever waits for
+    news is to have it at once; else with the next answer.
     """
 
     replica: str
@@ -46,6 +47,7 @@ class ReplicaNews:
     keys: bytes | None = None
     load: bytes | None = None
     since: float = 0.0
+    urgent: bool = True
 
     @property
     def nbytes(self) -> int:

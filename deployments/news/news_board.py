@@ -99,12 +99,14 @@ class NewsBoard:
         self._changed = asyncio.Event()
 
     def publish(self, news: ReplicaNews) -> Receipt:
-        """Take in news; those without keys and load only say that the replica lives."""
+        """Take in news; those without keys and load only say that the replica lives, those that are not urgent wake
+        no reader."""
         self._sweep()
         log = self._logs.get(news.replica)
         if log is None or news.keys is not None or news.load is not None:
             self._number += 1
-            self._changed.set()
+            if log is None or news.urgent:
+                self._changed.set()
         if log is None:
             log = self._logs[news.replica] = _Log()
             self._members = self._number

@@ -104,13 +104,14 @@ class NewsPublisher:
             keys = pack_keys(changes)
         if self._whole:
             keys = pack_keys(self._holdings.everything())
-        if keys is None and load.stage == self._load.stage and now - self._told < HEARTBEAT_SECONDS:
+        urgent = keys is not None or load.stage != self._load.stage
+        if not urgent and now - self._told < HEARTBEAT_SECONDS:
             return None
         if self._whole or load != self._load:
             packed = pack_load(load)
             self._load = load
         self._told = now
-        return ReplicaNews(self._replica, self._sequence, self._whole, keys, packed, self._since)
+        return ReplicaNews(self._replica, self._sequence, self._whole, keys, packed, self._since, urgent)
 
     async def _tell(self, news: ReplicaNews | None) -> None:
         if news is None:

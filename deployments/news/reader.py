@@ -38,8 +38,8 @@ class NewsReader:
         clock: Callable[[], float] = time.monotonic,
         heard: Callable[[float, float | None], None] = lambda *_: None,
     ) -> None:
-        """heard: told with each answer for how long there was none, and how long after the oldest of its changes it
-        came, by the wall clocks of two processes; None where it is not known. With each failure likewise."""
+        """heard: told with each answer for how long there was none, and how long after the oldest of its urgent changes
+        it came, by the wall clocks of two processes; None where it is not known. With each failure likewise."""
         self._view = view
         self._clock = clock
         self._tell = heard
@@ -79,7 +79,8 @@ class NewsReader:
         now = self._clock()
         follows = asked is not None and asked[0] == answer.cursor[0]
         new_hub = self._cursor is not None and self._cursor[0] != answer.cursor[0]
-        delay = max(0.0, time.time() - min(news.since for news in answer.news)) if follows and answer.news else None
+        urgent = [news.since for news in answer.news if news.urgent]
+        delay = max(0.0, time.time() - min(urgent)) if follows and urgent else None
         self._tell(self.age_s, delay)
         self._heard, self._cursor = now, answer.cursor
         self._complete |= not follows

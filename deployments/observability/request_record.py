@@ -17,8 +17,8 @@ class RequestRecord:
 
     id: of the answer. model: empty until it is known that there is one of this name. tenant: whose key it was. adapter:
     content digest, empty for the base model. whole: not streamed. status: HTTP. error: its code. replica, reason: of
-    the last routing decision. started_ns: since the epoch; started and first_token_at: monotonic seconds. finish_reasons
-    and timings: of the choices that got to their ends. span: the request's own.
+    the last routing decision. started_ns: since the epoch; the other times are monotonic seconds. finish_reasons and
+    timings: of the choices that got to their ends. span: the request's own.
     """
 
     whole: bool = False

@@ -70,7 +70,7 @@ def _phases(tracer: Tracer, parent: Any, started_ns: int, spent: Timings, *, ste
 
 
 def route_span(tracer: Tracer, parent: Any, started_ns: int, routing: Mapping[str, Any]) -> None:
-    """The choice of a replica, once it is made. routing: what the router wrote down of it; nothing where it could not."""
+    """The choice of a replica, once it is made. routing: what the router wrote down of it, if it came to that."""
     span = tracer.start_span("route", set_span_in_context(parent), start_time=started_ns)
     if "reason" in routing:
         span.set_attributes({"lorafleet.routing_reason": routing["reason"], "lorafleet.replica_id": routing["replica"]})

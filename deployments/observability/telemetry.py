@@ -40,7 +40,7 @@ class Telemetry:
         facts = record.facts()
         if record.span.is_recording():
             self._close(record, facts)
-        logger.info("%s %s", " ".join(map(str, (status, record.model or "-"))), record.total_s, extra=facts)
+        logger.info("%d %s %.3f s", status, record.model or "-", record.total_s, extra=facts)
 
     def _close(self, record: RequestRecord, facts: dict[str, str | int | float]) -> None:
         span = record.span

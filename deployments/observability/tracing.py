@@ -1,7 +1,7 @@
 """OpenTelemetry: where spans go, and how a trace crosses from a client to a gateway and on to a replica.
 
-The API comes with Ray; the exporter is the extra ``tracing``. The provider is this application's own, not the process's:
-what else runs in it has its own.
+The API comes with Ray; the exporter is the extra ``tracing``. The provider is this application's own, not the
+process's: what else runs in it has its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Tracing:
 
     def __init__(self, endpoint: str | None, sample: float | None, instance: str) -> None:
         """endpoint: URL of a collector, to which ``/v1/traces`` is added; without one OpenTelemetry's environment
-        variables say, and without those there is no tracing. sample: share of the requests without a traceparent that are
-        traced; None leaves it to ``OTEL_TRACES_SAMPLER``. instance: this process's name.
+        variables say, and without those there is no tracing. sample: share of the requests without a traceparent that
+        are traced; None leaves it to ``OTEL_TRACES_SAMPLER``. instance: this process's name.
 
         Raises ModuleNotFoundError, with the remedy, when ``endpoint`` is set and there is no exporter.
         """

@@ -50,9 +50,10 @@ class ReplicaLoad:
     rows: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def stage(self) -> tuple[bool, bool, int]:
-        """What decisions hang on: whether it takes requests, and how many quarters of a step its rows fill."""
-        return self.saturated, self.draining, 4 * (self.running + self.waiting) // self.max_rows
+    def stage(self) -> tuple[bool, bool, bool, int]:
+        """What decisions hang on: whether it takes requests, has a slot to give, and how many quarters of a step its
+        rows fill."""
+        return self.saturated, self.draining, self.room(), 4 * (self.running + self.waiting) // self.max_rows
 
     def room(self) -> bool:
         """Whether it has a slot to give, as far as is known."""

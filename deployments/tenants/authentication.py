@@ -18,6 +18,9 @@ from deployments.tenants.tenant import Tenant
 API_TOKEN_HEADER = "x-adapter-token"  # noqa: S105 - the header's name
 NOBODY = Tenant(adapters=(), base_model=False, server_credentials=False)
 PUBLIC = frozenset({"/health"})  # what load balancers ask, and says nothing
+# The console's page, which says nothing either: see ``deployments.console.routes``.
+PUBLIC |= {"/console", "/console/", *(f"/console/{name}.js" for name in ("console", "page", "playground"))}
+PUBLIC |= {"/console/console.css", "/console/icon.svg"}
 
 
 _QUOTAS = [f"{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")]

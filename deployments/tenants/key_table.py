@@ -14,7 +14,7 @@ from adapter_store.source import AdapterRef
 from deployments.config_file import repeated_keys
 from deployments.mistakes import told
 from deployments.tenants.caller import Caller
-from deployments.tenants.keys import is_key_hash, key_hash
+from deployments.tenants.keys import PREFIX, is_key_hash, key_hash
 from deployments.tenants.tenant import Limits, Tenant
 
 # No colon and no slash: references and adapters' names have them, and those stand for tenants where there are no keys.
@@ -41,6 +41,7 @@ def _pattern(text: str) -> str:
     return text
 
 
+_KEY = re.compile(re.escape(PREFIX) + r"[\w-]+")
 KeyHash = Annotated[str, AfterValidator(_hash)]
 
 
@@ -91,11 +92,11 @@ class KeyTable:
             where = "" if mark is None else f" in line {mark.line + 1}"
             raise ValueError(f"it is no YAML{where}") from None
         if repeated is not None:
-            raise ValueError(repeated)
+            raise ValueError(_without_keys(repeated))
         try:
             file = KeysFile.model_validate({} if written is None else written)
         except ValidationError as error:
-            raise ValueError("; ".join(told(error, "", KeysFile))) from None
+            raise ValueError(_without_keys("; ".join(told(error, "", KeysFile)))) from None
         tenants = {name: entry.tenant(name) for name, entry in file.tenants.items()}
         by_hash: dict[str, Tenant | None] = {}
         owners = [("admin", None, file.admin)]
@@ -118,3 +119,8 @@ class KeyTable:
             return None
         tenant = self._by_hash[digest]
         return Caller(role="admin") if tenant is None else Caller(tenant, "tenant")
+
+
+def _without_keys(message: str) -> str:
+    """A message for logs: a key may stand where a name should."""
+    return _KEY.sub(f"{PREFIX}...", message)

@@ -243,3 +243,17 @@ def test_whatever_gets_lost_views_end_up_at_what_is_so(steps):
             assert {name: router.resident(name) for name in "ab"} == {n: r.slots for n, r in replicas.items()}
 
     asyncio.run(run())
+
+
+async def test_what_is_not_urgent_waits_for_the_next_answer():
+    board, load = NewsBoard(), pack_load(ReplicaLoad(running=1, max_rows=8))
+    board.publish(ReplicaNews("a", 0, True, pack_keys(Holdings().everything())))
+    cursor = (await board.watch("router", None, 0.0)).cursor
+    waiting = asyncio.create_task(board.watch("router", cursor, 60.0))
+    await asyncio.sleep(0)
+    board.publish(ReplicaNews("a", 0, load=load, urgent=False))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    board.publish(ReplicaNews("b", 0, True, pack_keys(Holdings().everything())))
+    news = (await waiting).news
+    assert [(one.replica, one.load) for one in news] == [("a", load), ("b", None)]

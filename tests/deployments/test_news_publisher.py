@@ -109,7 +109,7 @@ async def test_a_load_that_decides_nothing_is_told_at_leisure(scene, monkeypatch
     scene.load = ReplicaLoad(running=3, max_rows=8)
     scene.holdings.in_slots(KEYS[:1])
     scene.publisher.changed()
-    await until(lambda: scene.resident())
+    await until(scene.resident)
     assert scene.view.loads[0] == 3 / 8, "it goes along with news of adapters"
     assert scene.published == 2
 

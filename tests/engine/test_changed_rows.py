@@ -17,20 +17,10 @@ from engine.engine import Engine
 from engine.request import GenerationChunk, GenerationRequest, Grammar, InvalidRequest, SamplingParams
 from engine.settings import EngineSettings
 from engine.step_shapes import step_shapes
+from tests.engine.changes import DEMO, PERSON, changed, greedy_with, penalised_requests, say
 from tests.engine.engines import answer, answers, ask, running, settings_for
 from tests.engine.json_schemas import random_schema
 from tests.engine.oracle import TinyModel, build_tiny_model
-
-DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
-PROMPT = "the cat sleeps in the old garden and "
-PERSON = json.dumps(
-    {
-        "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 150}},
-        "required": ["name", "age"],
-        "additionalProperties": False,
-    }
-)
 
 
 @pytest.fixture(scope="module")
@@ -57,68 +47,25 @@ async def demo() -> AsyncIterator[Engine]:
         yield engine
 
 
-def say(engine: Engine, name: str, **sampling: Any) -> GenerationRequest:
-    prompt = tuple(engine.tokenizer.encode(PROMPT))
-    return GenerationRequest(name, prompt, SamplingParams(**{"max_tokens": 24, **sampling}))
-
-
 def capture(engine: Engine, settings: EngineSettings) -> None:
     """Have every step padded to one of the shapes that a GPU captures."""
     shapes = step_shapes(settings.max_rows, (8, settings.max_batch_tokens), settings.max_mixed_tokens)
     engine.parts.runner.capture(shapes, -(-engine.parts.max_model_len // settings.page_size))
 
 
-def changed(**sampling: Any) -> list[dict[str, Any]]:
-    """One of each kind of change."""
-    return [
-        {"repetition_penalty": 1.8, **sampling},
-        {"frequency_penalty": 1.5, "presence_penalty": -0.5, **sampling},
-        {"logit_bias": ((5, 3.0), (9, -100.0)), **sampling},
-        {"min_tokens": 6, "ignore_eos": False, **sampling},
-        {"presence_penalty": 2.0, "logit_bias": ((7, 6.0),), "temperature": 0.0},
-    ]
-
-
-def greedy_with(model: TinyModel, prompt: list[int], new: int, params: SamplingParams) -> tuple[int, ...]:
-    """Greedy tokens by transformers' own logits and the formulas of OpenAI and CTRL, one row at a time."""
-    tokens = list(prompt)
-    for _ in range(new):
-        logits = model.logits(tokens, None)[-1].double()
-        seen, generated = set(tokens), tokens[len(prompt) :]
-        for token in seen:
-            value = logits[token]
-            logits[token] = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
-        for token in set(generated):
-            logits[token] -= params.frequency_penalty * generated.count(token) + params.presence_penalty
-        for token, bias in params.logit_bias:
-            logits[token] += bias
-        tokens.append(int(logits.argmax()))
-    return tuple(tokens[len(prompt) :])
-
-
 @pytest.mark.parametrize("padded", [False, True])
 async def test_penalties_and_biases_equal_their_formulas(model: TinyModel, padded: bool) -> None:
     settings = settings_for(model, poison=True)
-    prompts = [[5, 9, 9, 60, 5], [20] * 9, list(range(40, 60)), [7], [100, 3]]
-    kinds = [
-        {"repetition_penalty": 0.3},
-        {"frequency_penalty": -1.5, "presence_penalty": -0.25},
-        {"logit_bias": ((5, 4.0), (9, -100.0), (210, 4.0))},
-        {"repetition_penalty": 5.0, "frequency_penalty": 0.9, "presence_penalty": 1.1, "logit_bias": ((8, 1.5),)},
-        {},
-    ]
-    requests = [
-        ask(str(index), prompt, new=14, **kind) for index, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True))
-    ]
+    requests = penalised_requests()
     async with running(settings) as engine:
         if padded:
             capture(engine, settings)
         got = await answers(engine, requests)
         again = await answers(engine, [replace(request, request_id=f"x{request.request_id}") for request in requests])
-    for request, chunk, other, prompt in zip(requests, got, again, prompts, strict=True):
-        assert chunk.token_ids == greedy_with(model, prompt, 14, request.sampling), request.sampling
+    for request, chunk, other in zip(requests, got, again, strict=True):
+        assert chunk.token_ids == greedy_with(model, request, request.sampling), request.sampling
         assert other.token_ids == chunk.token_ids, "a place's last owner was seen"
-    plain = [greedy_with(model, prompt, 14, SamplingParams()) for prompt in prompts]
+    plain = [greedy_with(model, request, SamplingParams()) for request in requests]
     assert [chunk.token_ids != want for chunk, want in zip(got, plain, strict=True)] == [True] * 4 + [False]
 
 
@@ -238,6 +185,7 @@ async def test_json_objects_with_penalties_and_n_seeds(demo: Engine) -> None:
     ]
     chunks = await answers(demo, requests)
     ended = [chunk for chunk in chunks if chunk.finish_reason == "stop"]
+    assert ended
     assert all(isinstance(json.loads(chunk.text), dict) for chunk in ended)
     assert len({chunk.token_ids for chunk in chunks}) == len(chunks)
 

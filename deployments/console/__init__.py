@@ -1,0 +1,1 @@
+"""The page at ``/console``: what the fleet does, and a playground."""
