@@ -49,8 +49,8 @@ class MemoryPlan:
         weights = weight_elements(spec) * size
         slots = {rank: count * slab_bytes(layout, rank, dtype) for rank, count in settings.slots}
         hidden = 4 * spec.hidden_size + spec.q_size + 2 * spec.kv_size + 3 * spec.intermediate_size
-        # Logits as they come, and a copy of the rows that are looked at closely.
-        step = settings.max_batch_tokens * hidden * size + settings.max_rows * spec.vocab_size * (size + 4)
+        # Logits as they come, a copy of the rows that are looked at closely, and what ChangedRows keeps of every row.
+        step = settings.max_batch_tokens * hidden * size + settings.max_rows * spec.vocab_size * (size + 4 + 8)
         page = page_bytes(spec, settings.page_size, dtype)
         free = total - reserved - weights - sum(slots.values()) - step
         one_context = -(-spec.context(settings.max_model_len) // settings.page_size)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 
-from deployments.protocol.answers import ErrorAnswer
+from deployments.protocol.answers import ChatEvent, ErrorAnswer
 
 _ERRORS = {
     400: "the body is no JSON, or a field of it is wrong",
@@ -31,7 +32,26 @@ def answers(
     event's data are, for a route that also answers with a stream."""
     whole: dict[str, Any] = {"model": model}
     if streamed is not None:
-        whole["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        shapes = [{"$ref": f"#/components/schemas/{shape.__name__}"} for shape in (streamed, ErrorAnswer)]
+        event = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": shapes}}
+        data = {"anyOf": [{"const": "[DONE]"}, event]}
+        item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        whole["content"] = {"text/event-stream": {"itemSchema": item}}
         whole["description"] = f"The whole answer, or with stream=true events with {streamed.__name__} as their data."
     told = sorted({*_EVERYWHERE, *errors})
     return {200: whole, **{status: {"model": ErrorAnswer, "description": _ERRORS[status]} for status in told}}
+
+
+def describe_events(app: FastAPI) -> None:
+    """Put the shapes of events, which FastAPI does not see, into the app's document."""
+    made = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            shape = ChatEvent.model_json_schema(ref_template="#/components/schemas/{model}")
+            shapes = {**shape.pop("$defs"), ChatEvent.__name__: shape}
+            schemas = made()["components"]["schemas"]
+            schemas.update({name: one for name, one in shapes.items() if name not in schemas})
+        return made()
+
+    app.openapi = document

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -27,9 +27,23 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _range(low: float, high: float | None = None) -> Callable[[dict[str, Any]], None]:
+    """For the OpenAPI document alone: the engine's parameters say what is out of range."""
+
+    def put(schema: dict[str, Any]) -> None:
+        number = next(one for one in schema["anyOf"] if one["type"] != "null")
+        number |= {"minimum": low} if high is None else {"minimum": low, "maximum": high}
+
+    return put
+
+
 # Stops are looked for at every token of every row, in the step loop that all tenants share.
 _MAX_STOPS = 16
 _MAX_STOP_TOKENS = 1024
+
+
+_StopText = Annotated[str, Field(min_length=1)]
+_Stops = _StopText | Annotated[list[_StopText], Field(max_length=_MAX_STOPS)] | None
 
 
 def _stop(value: Any) -> Any:
@@ -79,20 +93,24 @@ class GenerationBody(StructuredFields):
 
     model: str = Field(max_length=1024, description="The base model's name or an adapter's: see GET /v1/models.")
     n: int | None = Field(None, ge=1, description="Completions for each prompt.")
-    max_tokens: int | None = None
-    temperature: float | None = Field(None, description="0 is greedy; 1 when left out.")
-    top_p: float | None = None
-    top_k: int | None = Field(None, description="0 or -1 keeps every token.")
-    min_p: float | None = None
-    seed: int | None = None
-    stop: Annotated[str | list[str] | None, BeforeValidator(_stop)] = None
+    max_tokens: int | None = Field(None, json_schema_extra=_range(1))
+    temperature: float | None = Field(
+        None, description="0 is greedy; 1 when left out.", json_schema_extra=_range(0, 100)
+    )
+    top_p: float | None = Field(None, json_schema_extra=_range(0.0001, 1))
+    top_k: int | None = Field(None, description="0 or -1 keeps every token.", json_schema_extra=_range(-1))
+    min_p: float | None = Field(None, json_schema_extra=_range(0, 1))
+    seed: int | None = Field(None, json_schema_extra=_range(0, 2**63 - 1))
+    stop: Annotated[str | list[str] | None, BeforeValidator(_stop, json_schema_input_type=_Stops)] = None
     stop_token_ids: list[int] | None = Field(None, max_length=_MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
     logit_bias: LogitBias = None
-    presence_penalty: float | None = Field(None, description="-2 to 2.")
-    frequency_penalty: float | None = Field(None, description="-2 to 2.")
-    repetition_penalty: float | None = Field(None, description="Above 0 and at most 10; 1 changes nothing.")
-    min_tokens: int | None = None
+    presence_penalty: float | None = Field(None, json_schema_extra=_range(-2, 2))
+    frequency_penalty: float | None = Field(None, json_schema_extra=_range(-2, 2))
+    repetition_penalty: float | None = Field(
+        None, description="1 changes nothing.", json_schema_extra=_range(0.0001, 10)
+    )
+    min_tokens: int | None = Field(None, json_schema_extra=_range(0))
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

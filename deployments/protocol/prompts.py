@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -24,7 +24,11 @@ def _is_ids(value: list[Any]) -> bool:
     return all(type(item) is int and 0 <= item < 2**31 for item in value)
 
 
-Prompts = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+_Schema = str | Annotated[list[str], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)]
+Prompts = Annotated[
+    str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt, json_schema_input_type=_Schema)
+]
 
 
 def each_prompt(prompts: Prompts) -> list[str | list[int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.protocol.bounds import MOST_SCHEMA_BYTES, check_levels, schema_text
@@ -43,15 +43,9 @@ def _lark(text: str, param: str) -> str:
         raise invalid(param, f"{param}: the GBNF grammar cannot be read: {str(error)[:500]}") from None
 
 
-def _choices(value: list[str] | None) -> list[str] | None:
-    if value is not None and not all(value):
-        raise PydanticCustomError("choices", "must hold strings that are not empty")
-    return value
-
-
 Schema = Annotated[dict[str, Any] | None, BeforeValidator(_schema, json_schema_input_type=dict[str, Any] | str | None)]
 Expression = Annotated[str | None, Field(min_length=1, max_length=MOST_SCHEMA_BYTES)]
-Choices = Annotated[list[str] | None, Field(min_length=1, max_length=MOST_CHOICES), AfterValidator(_choices)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(min_length=1, max_length=MOST_CHOICES)]
 
 
 @dataclass(frozen=True, slots=True)

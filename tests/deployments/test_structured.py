@@ -105,7 +105,7 @@ def test_two_of_them_are_refused_by_name(fields):
         ({"guided_regex": "(a"}, "guided_regex"),
         ({"guided_grammar": "start: nowhere"}, "guided_grammar"),
         ({"guided_choice": []}, "guided_choice"),
-        ({"guided_choice": [""]}, "guided_choice"),
+        ({"guided_choice": [""]}, "guided_choice[0]"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),

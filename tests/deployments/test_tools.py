@@ -36,8 +36,8 @@ async def chat(http, **body):
 def speaking(*texts, finish="stop", logprobs=()):
     """A fleet whose model says these pieces."""
 
-    async def generate(request, model, *, whole=False):
-        pieces = ["".join(texts)] if whole else list(texts)
+    async def generate(request, model, record):
+        pieces = ["".join(texts)] if record.whole else list(texts)
         for count, text in enumerate(pieces, 1):
             last = finish if count == len(pieces) else None
             yield GenerationChunk(request.request_id, text, (), 7, count, logprobs, last)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 
 import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.trace import StatusCode
 
 from deployments.api.http_app import create_http_app
@@ -18,6 +16,7 @@ from deployments.observability.tracing import IncomingTrace, Tracing, carried
 from engine.request import GenerationRequest
 from examples.demo.words import held_out_prompts
 
+from .collector import Collector
 from .test_fleet import LAST, PIECE, Handle
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -50,7 +49,7 @@ async def test_a_request_is_one_tree_under_its_traceparent_with_real_times(trace
     assert made["generate"].parent.span_id == made["request"].context.span_id
     phases = [made[name] for name in ("adapter", "queue", "prefill", "decode") if name in made]
     assert all(phase.parent.span_id == made["generate"].context.span_id for phase in phases)
-    assert all(before.end_time == after.start_time for before, after in zip(phases, phases[1:], strict=False))
+    assert all(before.end_time == after.start_time for before, after in pairwise(phases))
     for outer, inner in (("request", "generate"), ("generate", phases[0].name)):
         assert made[outer].start_time <= made[inner].start_time
     assert phases[-1].end_time <= made["generate"].end_time <= made["request"].end_time
@@ -118,37 +117,18 @@ async def test_each_choice_of_a_replica_is_a_span_and_the_replica_is_told_the_tr
     assert (record.replica, record.reason) == ("r1", "home")
 
 
-class Collector(BaseHTTPRequestHandler):
-    """Takes what an OpenTelemetry collector takes."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.got.append((self.path, ExportTraceServiceRequest.FromString(body)))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_):
-        """Says nothing."""
-
-
 @pytest.fixture
 def collector():
-    with HTTPServer(("127.0.0.1", 0), Collector) as server:
-        server.got = []
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    with Collector() as listening:
+        yield listening
 
 
 @pytest.mark.parametrize("by", ["setting", "environment"])
 def test_spans_go_to_a_collector_over_http(collector, monkeypatch, by):
-    url = f"http://127.0.0.1:{collector.server_port}"
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     if by == "environment":
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
-    tracing = Tracing(url if by == "setting" else None, 1.0, "replica-1")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    tracing = Tracing(collector.url if by == "setting" else None, 1.0, "replica-1")
     assert tracing.on
     tracing.tracer.start_span("request").end()
     tracing.close()
@@ -160,7 +140,7 @@ def test_spans_go_to_a_collector_over_http(collector, monkeypatch, by):
 
 
 def test_a_sample_of_none_traces_nothing_that_is_not_traced_already(collector):
-    tracing = Tracing(f"http://127.0.0.1:{collector.server_port}", 0.0, "replica-1")
+    tracing = Tracing(collector.url, 0.0, "replica-1")
     tracing.tracer.start_span("request").end()
     tracing.close()
     assert collector.got == []

@@ -16,6 +16,7 @@ import yaml
 from benchmarks.serving import server
 from benchmarks.serving.server import ROOT
 from tests.adapter_store.hub_server import HubServer
+from tests.deployments.collector import Collector
 
 START_SECONDS = 180
 BASE_MODEL = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]["args"]["model_name"]
@@ -36,11 +37,16 @@ class Server(server.Server):
             "hub_endpoint": self.hub.endpoint,
             "hub_refresh_s": 3600.0,
         }
+        self.collector = Collector()
+        self.collector.__enter__()
+        self.config["tracing"] = {"endpoint": self.collector.url, "sample": 0.0}  # what clients trace, and nothing else
+        self.env["OTEL_BSP_SCHEDULE_DELAY"] = "200"  # milliseconds
         self.start("robot, old, eats, school", START_SECONDS)
 
     def stop(self) -> None:
         super().stop()
         self.hub.stop()
+        self.collector.__exit__()
 
     def deploy(
         self,

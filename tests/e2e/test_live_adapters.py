@@ -154,7 +154,7 @@ def test_prometheus_reads_where_adapters_are_and_who_uses_them(fleet: Fleet, ser
     until(lambda: total("lorafleet_adapters", tier="slot"), lambda n: n >= 1)
     until(lambda: total("lorafleet_adapter_misses_total", tier="slot"), lambda n: n >= 1)
     until(lambda: total("lorafleet_adapter_load_seconds_count", tier="pack"), lambda n: n >= 1)
-    until(lambda: total("lorafleet_adapter_loading_seconds_total", tier="slot"), lambda n: n > 0)
+    until(lambda: total("lorafleet_adapter_load_seconds_sum", tier="slot"), lambda n: n > 0)
     assert min(total("lorafleet_adapter_bytes", tier=tier) for tier in ("slot", "host")) > 0
     assert not any("made-up-by-a-client" in key for key in scraped())
 
