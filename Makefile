@@ -9,13 +9,16 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= serve_config.yaml
+CASES ?= 10000
+SCHEMAS ?= 500
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: help serve test test-kernels test-engine test-serve test-gpu lint format clean
+.PHONY: help serve test test-kernels test-engine test-serve test-gpu fuzz lint format clean
 
 help:
 	@echo "make serve   run the server on $(CONFIG) (CONFIG=... for another)"
 	@echo "make test    run the test suite        make lint    ruff and basedpyright"
+	@echo "make fuzz    10 000 random requests, and 500 random JSON schemas (URL=... for a server that runs)"
 	@echo "make test-gpu   kernels compiled and the tests that need a GPU"
 	@echo "make format  apply ruff's format       make clean   remove $(VENV)"
 
@@ -29,6 +32,8 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# A client that tests speak through. It wants a huggingface_hub below 1.0, and does not use it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lorax-client==0.6.3
 	@touch $@ $(VENV)/.serve
 
 # A token file written by some other local Ray would turn authentication on for one side only: say which we want.
@@ -60,6 +65,11 @@ test-serve: $(VENV)/.dev
 # time, so many processes share it.
 test-gpu: $(VENV)/.dev
 	$(PYTEST) tests/gpu tests/kernels tests/engine/test_batch.py tests/adapter_store/test_slots.py -n auto $(ARGS)
+
+# More of what tests/api asks of the demo model, or with URL=http://... of a server that runs.
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.api.fuzz --cases $(CASES) $(if $(URL),--url $(URL))
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.api.schemas --count $(SCHEMAS) $(if $(URL),--url $(URL))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -37,6 +37,11 @@ class MergePart:
         """What its client calls it."""
         return self.name if self.ref is None else str(self.ref)
 
+    @property
+    def by_reference(self) -> bool:
+        """Whether its client says where it is, and not the operator."""
+        return AdapterRef.is_meant(self.name)
+
     def error(self, whole: str, error: AdapterError) -> AdapterError:
         """What is wrong with this part, said of the merge that clients call ``whole``."""
         return type(error)(whole, f"its part {self.name!r}: {error.reason}")
@@ -131,8 +136,8 @@ class Merge:
         return hashlib.sha256(f"merge {_json({'parts': parts, **how})}\n".encode()).hexdigest()
 
     def located(self, find: Callable[[MergePart], AdapterRef]) -> Merge:
-        """The same with every part where ``find`` says it is, and no digests."""
-        return replace(self, parts=tuple(replace(part, ref=find(part), digest=None) for part in self.parts))
+        """The same with every part where ``find`` says it is, named as its client calls it, and without digests."""
+        return replace(self, parts=tuple(MergePart(part.called, part.weight, find(part)) for part in self.parts))
 
     def moved(self, change: Callable[[AdapterRef], AdapterRef]) -> Merge:
         """The same with every part's reference written otherwise."""

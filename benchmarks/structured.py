@@ -134,7 +134,7 @@ def mask_us(made: RandomEngine, rows: int, steps: int = 200) -> float:
             tokens = [32 * word + bit for bit in range(32) if value >> bit & 1]
             state.advance(pick.choice(tokens))
         started = time.perf_counter()
-        grammars.fill(states)
+        grammars.look_ahead(states)
         spent += time.perf_counter() - started
     return spent / steps * 1e6
 

@@ -99,8 +99,8 @@ class GatewaySection(_LimitsSection):
     admin key only. keys_file: the file with the hashes of API keys, and what their tenants may do; without one nobody
     needs a key. open: without keys, let everybody in who can reach the server, from other machines too.
     cors_origins: origins such as https://app.acme.com whose web pages browsers let use the server.
-    metric_adapters, metric_tenants: how many have a label of their own in metrics, see ``LabelCap``. tool_format: how the
-    model writes down calls of functions, see ``tool_formats``; found out from its chat template when left out.
+    metric_adapters, metric_tenants: how many have a label of their own in metrics, see ``LabelCap``. tool_format: how
+    the model writes down calls of functions, see ``tool_formats``; found out from its chat template when left out.
     resources: as in ``ReplicaSection``.
     """
 

@@ -58,9 +58,10 @@ class ChangedRows:
     def _mask(self, sequence: Sequence) -> np.ndarray | None:
         """(words,) int32 of what the next token may be; None for any."""
         grammar, params = sequence.grammar, sequence.request.sampling
-        mask = None if grammar is None else grammar.mask
+        words = self.state.masks.shape[1]
+        mask = None if grammar is None else grammar.mask[:words]  # the tokenizer's may be wider than the logits
         if len(sequence.tokens) - sequence.prompt_tokens < params.min_tokens:
-            longer = np.full(self.state.masks.shape[1], -1, np.int32) if mask is None else mask.copy()
+            longer = np.full(words, -1, np.int32) if mask is None else mask.copy()
             bits = longer.view(np.uint32)
             for token in sequence.end_tokens:
                 bits[token // 32] &= ~np.uint32(1 << token % 32)

@@ -89,6 +89,8 @@ class Engine:
         self._loop.stop()
         self._compilers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
+        if self.parts.grammars is not None:
+            self.parts.grammars.close()
         if self.parts.store is not None:
             await asyncio.to_thread(self.parts.store.close)
 

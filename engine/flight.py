@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from adapter_store.errors import AdapterRefused
+from engine.request import GenerationFailed
 from engine.scheduler import PlannedRow
-from engine.sequence import Sequence as Request
+from engine.sequence import Sequence
 from engine.step import Drawn
 from kernels.sampling import log_probs
 
@@ -29,7 +31,7 @@ class SampledToken:
 class Flight:
     """The draws of one step. Made right after its launch, before the next one's; may be read long after."""
 
-    def __init__(self, rows: Sequence[PlannedRow], drawn: Drawn, pooled: Sequence[Request] = ()) -> None:
+    def __init__(self, rows: Many[PlannedRow], drawn: Drawn, pooled: Many[Sequence] = ()) -> None:
         """rows: those that draw a token, in the order of ``drawn.places``. pooled: requests that draw none and whose
         embedding this step completes. Nothing waits for the device."""
         self.rows, self.pooled, self._places = rows, pooled, drawn.places
@@ -63,6 +65,20 @@ class Flight:
             SampledToken(tokens[place] if tokens[place] >= 0 else None, logprobs.get(row), tops.get(row, ()))
             for row, place in enumerate(self._places)
         ]
+
+
+def not_finite(sequence: Sequence) -> Exception:
+    """Why a sequence ends whose drawn token is None, or of whose prompt something else was read."""
+    what = f"logits of token {sequence.known}" if sequence.request.pooling is None else "hidden states"
+    where = f"the {what} are not finite"
+    if sequence.mask_row >= 0:
+        where += ", or none of those that its grammar and min_tokens allow is"
+    if sequence.request.adapter is None:
+        return GenerationFailed(f"{where}: the base model overflows in this dtype; try bfloat16 or float32")
+    return AdapterRefused(
+        sequence.request.adapter,
+        f"{where}: its weights make the model overflow; check its scale and how it was trained",
+    )
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a whole completion must be: grammars compiled with llguidance, and the tokens that they allow next.
 
-Compiling is for any thread but the step loop's, which only follows: one token a row and step, then all rows' masks
-together. What a grammar may take is bounded in text, in work to compile it and in work a step.
+Compiling is for any thread but the step loop's, which only takes tokens in and has the masks made by others. What a
+grammar may take is bounded in text, in work to compile it and in work a step.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.request import Grammar, InvalidRequest
 from engine.tokenizer import Tokenizer
@@ -47,56 +48,72 @@ def check_grammar(grammar: Grammar, param: str = "grammar") -> None:
 class GrammarState:
     """How far one completion has come in its grammar.
 
-    mask: (words,) int32, bit ``t % 32`` of word ``t // 32`` is set where token t may come next. ended: nothing but the
-    end of the sequence may follow. error: why it cannot be followed any further, else None.
+    mask: (words,) int32, bit ``t % 32`` of word ``t // 32`` is set where token t may come next. ready: the mask is of
+    the latest token. ended: nothing but the end of the sequence may follow. error: why it cannot be followed any
+    further, else None.
     """
 
     def __init__(self, matcher: LLMatcher, mask: np.ndarray) -> None:
         self.matcher, self.mask = matcher, mask
-        self.ended = False
+        self.ready, self.ended = True, False
         self.error: str | None = None
 
     def advance(self, token: int) -> None:
-        """Take the token in; the mask is of no use until it is filled again."""
+        """Take the token in. Only while it is ready."""
+        assert self.ready
+        self.ready = False
         self.matcher.consume_token(token)
-        self.look()
+        self._look()
 
-    def look(self) -> None:
-        """Take over what the matcher says of itself."""
+    def look_ahead(self, mask: np.ndarray) -> None:
+        """Fill ``mask``, (words,) int32 of llguidance's own width, and be ready with it. Gives the GIL back."""
+        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self.mask = mask
+        self._look()
+        self.ready = True
+
+    def _look(self) -> None:
         if self.matcher.is_error():
             self.error = self.matcher.get_error()
         self.ended = self.matcher.is_stopped()
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer and keeps the latest. Thread-safe; a state is one thread's."""
+    """Compiles grammars for one tokenizer, keeps the latest, and finds out which tokens they allow. Thread-safe; each
+    state is one thread's."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """vocab_size: width of the logits."""
-        self._source, self._eos = tokenizer, sorted(eos_token_ids)
-        self._vocab_size = max(vocab_size, tokenizer.vocab_size)
-        self.words = -(-vocab_size // 32)
-        self._lock = threading.Lock()
+        """vocab_size: width of the logits. Takes a second or more for a large vocabulary, with the GIL held."""
+        width = max(vocab_size, tokenizer.vocab_size)
+        self._words = -(-width // 32)
         self._tokenizer: LLTokenizer | None = None
+        self._useless = "this model names no end-of-sequence token, which a grammar needs"
+        if eos_token_ids:
+            try:
+                self._tokenizer = LLTokenizer(tokenizer.to_json(), n_vocab=width, eos_token=sorted(eos_token_ids))
+            except ValueError as error:
+                self._useless = f"{tokenizer.name} has a tokenizer that grammars cannot be followed with: {error}"
+        self._lock = threading.Lock()
         self._kept: OrderedDict[Grammar, GrammarState] = OrderedDict()
-        self._executor = LLExecutor(min(4, os.cpu_count() or 1))
+        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "engine-masks")
 
     def start(self, grammar: Grammar, param: str = "grammar") -> GrammarState:
         """The state before the first token. Takes as long as compiling takes, with the GIL given back.
 
         Raises InvalidRequest for what is no grammar, takes too much, or cannot begin.
         """
+        if self._tokenizer is None:
+            raise InvalidRequest(self._useless, param)
         with self._lock:
             first = self._kept.get(grammar)
             if first is not None:
                 self._kept.move_to_end(grammar)
                 return GrammarState(first.matcher.deep_copy(), first.mask)
-            tokenizer = self._made_tokenizer(param)
-        matcher = LLMatcher(tokenizer, _source(grammar, param), log_level=0, limits=_LIMITS)
-        first = GrammarState(matcher, np.zeros(self.words, np.int32))
-        if not matcher.is_error():
-            self.fill([first])
-        first.look()
+        matcher = LLMatcher(self._tokenizer, _source(grammar, param), log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise _refused(grammar, matcher.get_error(), param)
+        first = GrammarState(matcher, self._mask())
+        first.look_ahead(first.mask)
         if first.error is not None:
             raise _refused(grammar, first.error, param)
         if first.ended or not first.mask.any():
@@ -107,31 +124,18 @@ class Grammars:
                 self._kept.popitem(last=False)
         return GrammarState(matcher.deep_copy(), first.mask)
 
-    def fill(self, states: Sequence[GrammarState]) -> None:
-        """The masks of all these states, or their errors; in a few threads, with the GIL given back."""
-        masks = np.zeros((len(states), self._llguidance_words), np.int32)
-        matchers = [(state.matcher, row) for row, state in enumerate(states)]
-        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.shape[1] * 4, len(states))
-        for state, mask in zip(states, masks, strict=True):
-            state.mask = mask[: self.words]
-            state.look()
+    def look_ahead(self, states: Sequence[GrammarState], patience_s: float | None = None) -> list[Future[None]]:
+        """Have the states get ready, in a few threads. Waits for all of them, but no longer than ``patience_s``."""
+        futures = [self._threads.submit(state.look_ahead, self._mask()) for state in states]
+        wait(futures, patience_s)
+        return futures
 
-    @property
-    def _llguidance_words(self) -> int:
-        return -(-self._vocab_size // 32)
+    def close(self) -> None:
+        """End the threads once they are done."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _made_tokenizer(self, param: str) -> LLTokenizer:
-        """Made when the first grammar comes: it takes a second for a large vocabulary."""
-        if self._tokenizer is None:
-            if not self._eos:
-                raise InvalidRequest("this model names no end-of-sequence token, which a grammar needs", param)
-            try:
-                self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
-            except ValueError as error:
-                raise InvalidRequest(
-                    f"{self._source.name} has a tokenizer that grammars cannot be followed with: {error}", param
-                ) from error
-        return self._tokenizer
+    def _mask(self) -> np.ndarray:
+        return np.zeros(self._words, np.int32)
 
 
 def _source(grammar: Grammar, param: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from engine.fairness import TokenCounters, TokenWeights
@@ -107,6 +108,11 @@ class Scheduler:
         """Whether it is running or queued."""
         return sequence in self.running or sequence in self.waiting
 
+    @property
+    def held(self) -> bool:
+        """Whether a row, or the first that waits, only waits for what its grammar allows."""
+        return any(one.held for one in (*self.running, *islice(self.waiting.ordered(), 1)))
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not; its pages, its slot reference and its host copy are free at once."""
         if sequence in self.running:
@@ -181,7 +187,7 @@ class Scheduler:
             return
         passed: list[Sequence] = []
         for sequence in self.waiting.ordered():
-            if sequence.awaited >= 0:
+            if sequence.awaited >= 0 or sequence.held:
                 return  # preempted in this very step: its last token is not read yet, and nobody may pass it
             if self.assignment is not None and not self.assignment.take(sequence):
                 passed.append(sequence)

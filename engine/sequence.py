@@ -103,8 +103,8 @@ class Sequence:
 
     @property
     def held(self) -> bool:
-        """Whether what it may draw next is not known before its last token is read."""
-        return self.grammar is not None and self.awaited >= 0
+        """Whether what it may draw next is not known: its last token is not read, or its grammar not that far."""
+        return self.grammar is not None and (self.awaited >= 0 or not self.grammar.ready)
 
     def launched(self, end: int, drawn: int | None) -> None:
         """A step was launched that computes the tokens up to ``end`` and draws one as its ``drawn``-th, unless None."""
@@ -120,6 +120,11 @@ class Sequence:
         self.known += 1
         if self.known == len(self.tokens):
             self.awaited = -1
+
+    def land(self) -> bool:
+        """What was read of its prompt, if anything, is complete; returns False when that is not finite."""
+        reading, self.reading = self.reading, None
+        return reading is None or reading.land()
 
     @property
     def lora_index(self) -> int:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from adapter_store.errors import AdapterRefused
 from engine.fairness import TokenWeights
-from engine.flight import Flight, SampledToken
+from engine.flight import Flight, SampledToken, not_finite
 from engine.loading import AdapterLoads
 from engine.output import Outbox, fresh
 from engine.parts import EngineParts
@@ -22,7 +21,6 @@ from engine.request import (
     EngineOverloaded,
     FinishReason,
     GenerationChunk,
-    GenerationFailed,
     InvalidRequest,
     TokenLogprob,
 )
@@ -35,6 +33,7 @@ from engine.step_meter import StepMeter, timings
 
 _log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 1e-3
+_MASK_PATIENCE_S = 2e-3  # of a step; a row whose mask takes longer is left out until it has one
 
 
 class StepLoop:
@@ -69,7 +68,7 @@ class StepLoop:
                 settings.download_threads,
                 self._post,
                 self._scheduler.add,
-                self._fail,
+                self._close,
             )
             assert self._scheduler.assignment is not None
             to_slot = self._scheduler.assignment.to_slot
@@ -227,7 +226,8 @@ class StepLoop:
 
     def _idle(self) -> bool:
         """Whether there is nothing to do before the next message."""
-        busy = self._inbox or self._flight or self._scheduler.running or self._scheduler.waiting
+        ready = any(not sequence.held for sequence in self._scheduler.running)
+        busy = self._inbox or self._flight or ready or self._scheduler.waiting
         return not busy and (self._loads is None or not self._loads.unblocked)
 
     def _settle_copies(self) -> int:
@@ -238,7 +238,8 @@ class StepLoop:
         """Launch the next step, then read the one before it: the device has work while its results are handed out."""
         started = time.monotonic()
         plan = self._scheduler.plan()
-        assert plan.rows or self._flight or not self._scheduler.waiting, "requests wait although nothing runs"
+        stuck = not plan.rows and not self._flight and self._scheduler.waiting and not self._scheduler.held
+        assert not stuck, "requests wait although nothing runs"
         for sequence in plan.reload:
             assert self._loads is not None
             self._loads.start(sequence)
@@ -266,8 +267,8 @@ class StepLoop:
         if sequence.finished:
             return
         token = sampled.token_id
-        if token is None or not _land(sequence):
-            self._fail(sequence, _not_finite(sequence, f"logits of token {sequence.known}"))
+        if token is None or not sequence.land():
+            self._close(sequence, not_finite(sequence))
             return
         sequence.read(token)
         if sequence.grammar is not None:
@@ -286,36 +287,35 @@ class StepLoop:
             stop,
             None if reason is None else timings(sequence, sequence.drawn_at),
         )
-        assert sequence.queue is not None
-        self._outbox.add(sequence.queue, chunk)
         if reason is not None:
-            self._scheduler.remove(sequence)
-            sequence.finished = True
-            self._forget(sequence)
+            self._close(sequence, chunk)
+        elif sequence.queue is not None:
+            self._outbox.add(sequence.queue, chunk)
 
     def _pooled(self, sequence: Sequence) -> None:
         """Hand out an embedding: its only chunk. ``Engine.generate`` puts in what was read."""
-        if sequence.finished:
-            return
-        if not _land(sequence):
-            self._fail(sequence, _not_finite(sequence, "hidden states"))
-            return
-        sequence.finished = True
-        self._forget(sequence)
-        assert sequence.queue is not None
-        counts, spent = (sequence.prompt_tokens, 0), timings(sequence, time.monotonic())
-        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="stop", timings=spent)
-        self._outbox.add(sequence.queue, chunk)
+        if not sequence.finished:
+            self._close(sequence, _empty(sequence, "stop") if sequence.land() else not_finite(sequence))
 
     def _follow_grammars(self, sequences: list[Sequence]) -> None:
         """See what may come next in those that follow a grammar, while the device works on other rows."""
-        following = [(sequence, sequence.grammar) for sequence in sequences if sequence.grammar is not None]
-        if following:
-            assert self.parts.grammars is not None
-            self.parts.grammars.fill([grammar for _, grammar in following])
-        for sequence, grammar in following:
-            if grammar.error is not None:
-                self._fail(sequence, InvalidRequest(f"the grammar cannot be followed on: {grammar.error}", "grammar"))
+        following = [sequence for sequence in sequences if sequence.grammar is not None]
+        if not following:
+            return
+        assert self.parts.grammars is not None
+        states = [sequence.grammar for sequence in following if sequence.grammar is not None]
+        for sequence, ahead in zip(following, self.parts.grammars.look_ahead(states, _MASK_PATIENCE_S), strict=True):
+            if ahead.done():
+                self._followed(sequence, ahead)
+            else:
+                ahead.add_done_callback(lambda done, late=sequence: self._post(lambda: self._followed(late, done)))
+
+    def _followed(self, sequence: Sequence, ahead: Future[None]) -> None:
+        ahead.result()
+        assert sequence.grammar is not None
+        error = sequence.grammar.error
+        if error is not None and not sequence.finished:
+            self._close(sequence, InvalidRequest(f"the grammar cannot be followed on: {error}", "grammar"))
 
     def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
         """(text that the token brought, why the sequence is finished or None, what stopped it)."""
@@ -353,25 +353,18 @@ class StepLoop:
     def _abort(self, sequence: Sequence) -> None:
         if sequence.finished:
             return
-        loading = self._loads is not None and self._loads.drop(sequence)
-        if not loading and self._scheduler.has(sequence):  # not an embedding under way
-            self._scheduler.remove(sequence)
-        sequence.finished = True
-        self._forget(sequence)
-        assert sequence.queue is not None
-        counts = (sequence.prompt_tokens, sequence.completion_tokens)
-        spent = timings(sequence, time.monotonic())
-        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="abort", timings=spent)
-        self._outbox.add(sequence.queue, chunk)
+        if self._loads is not None:
+            self._loads.drop(sequence)
+        self._close(sequence, _empty(sequence, "abort"))
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one request with an error; the others go on."""
-        if self._scheduler.has(sequence):  # not an embedding, nor one whose adapter could not be loaded
+    def _close(self, sequence: Sequence, last: GenerationChunk | Exception) -> None:
+        """End one request with its last chunk or an error; the others go on."""
+        if self._scheduler.has(sequence):  # not an embedding under way, nor one whose adapter is not here
             self._scheduler.remove(sequence)
         sequence.finished = True
         self._forget(sequence)
         assert sequence.queue is not None
-        self._outbox.add(sequence.queue, error)
+        self._outbox.add(sequence.queue, last)
 
     def _end(self, error: EngineDead) -> None:
         with self._wake:
@@ -402,19 +395,6 @@ class StepLoop:
             self._wake.notify()
 
 
-def _land(sequence: Sequence) -> bool:
-    """What it read of its prompt, if anything, is complete; returns False when that is not finite."""
-    reading, sequence.reading = sequence.reading, None
-    return reading is None or reading.land()
-
-
-def _not_finite(sequence: Sequence, what: str) -> Exception:
-    where = f"the {what} are not finite"
-    if sequence.mask_row >= 0:
-        where += ", or none of those that its grammar and min_tokens allow is"
-    if sequence.request.adapter is None:
-        return GenerationFailed(f"{where}: the base model overflows in this dtype; try bfloat16 or float32")
-    return AdapterRefused(
-        sequence.request.adapter,
-        f"{where}: its weights make the model overflow; check its scale and how it was trained",
-    )
+def _empty(sequence: Sequence, reason: FinishReason) -> GenerationChunk:
+    ids, counts = (sequence.request.request_id, "", ()), (sequence.prompt_tokens, sequence.completion_tokens)
+    return GenerationChunk(*ids, *counts, finish_reason=reason, timings=timings(sequence, time.monotonic()))

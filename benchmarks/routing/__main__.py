@@ -1,7 +1,7 @@
 """Our router, Serve's default with its multiplexing table and Serve's consistent hashing, side by side on one cluster.
 
     python -m benchmarks.routing --requests 300 --adapters 60 --repetitions 1      # a look, two minutes
-    python -m benchmarks.routing --json routing.json --plot routing.png
+    python -m benchmarks.routing --json routing.json --plot routing.png            # 12 minutes on two cores
     python -m benchmarks.routing --kill-node                                       # our router, a node lost in mid-run
 
 Starts a Ray cluster of three nodes on this machine, each with a Serve proxy. The routers take turns, each with an

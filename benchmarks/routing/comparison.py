@@ -82,7 +82,7 @@ def together(runs: Sequence[Run]) -> list[Row]:
 
 def verdict(rows: Sequence[Row]) -> list[str]:
     """How our router stands to the others, in a line each."""
-    by_policy = {one["policy"]: one for one in rows}
+    by_policy = {one["policy"]: one for one in rows if one["repetition"] == "all"}
     ours = by_policy.pop(Policy.OURS.value, None)
     if ours is None:
         return []

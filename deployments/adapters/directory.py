@@ -10,8 +10,9 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from adapter_store.catalog import Catalog
-from adapter_store.errors import AdapterNotFound, AdapterUnavailable
+from adapter_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable
 from adapter_store.fair_threads import FairThreads
+from adapter_store.merging_recipe import Merge, MergePart
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, ResolvedAdapter
@@ -140,12 +141,15 @@ class AdapterDirectory:
         """What this server itself finds."""
         if gone is not None:
             recalled = self.catalog.recall(named.name, named.ref)
-            if recalled is not None and recalled.digest == gone:
+            if (recalled is None and named.ref.source == "merge") or (recalled and recalled.digest == gone):
                 self.catalog.forget(named.ref)
         return await self.content(named)
 
     async def content(self, named: NamedAdapter) -> ResolvedAdapter:
         """The content of what a name stands for."""
+        if named.ref.source == "merge":  # so that one part's silent source holds up no look-ups at another's
+            merge = Merge.of(named.ref)
+            return merge.resolved(named.name, await asyncio.gather(*(self._part(named, one) for one in merge.parts)))
         if named.ref.source == "local":
             return await self.in_text_pool(self.catalog.resolve_ref, named.name, named.ref)
         recalled = self.catalog.recall(named.name, named.ref)
@@ -153,6 +157,13 @@ class AdapterDirectory:
             return recalled
         owner, look_up = named.ref.owner, self.catalog.resolve_ref
         return await asyncio.wrap_future(self._network_threads.submit(owner, look_up, named.name, named.ref))
+
+    async def _part(self, whole: NamedAdapter, part: MergePart) -> ResolvedAdapter:
+        assert part.ref is not None
+        try:
+            return await self.content(NamedAdapter(part.name, part.ref, whole.origin))
+        except AdapterError as error:
+            raise part.error(whole.name, error) from error
 
     async def _prove(self, named: NamedAdapter, token: str) -> ResolvedAdapter:
         prove = self.catalog.sources.prove_on_hub

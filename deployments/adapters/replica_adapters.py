@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from adapter_store.errors import AdapterNotFound
+from adapter_store.merging_recipe import Merge
 from adapter_store.source import AdapterRef
 from engine.engine import Engine
 
@@ -47,11 +48,14 @@ class ReplicaAdapters:
                 del self._requests[digest]
                 self._ended.set()
 
-    def _read_with(self, adapter: str | None, token: str | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _read_with(self, adapter: str | None, token: str | None) -> Iterator[None]:
         store = self._engine.parts.store
-        if store is None or not token or not adapter or not adapter.startswith("hub:"):
-            return nullcontext()
-        return store.catalog.sources.lend_token(AdapterRef.parse(adapter), token)
+        with ExitStack() as lent:
+            if store is not None and token and adapter:
+                for ref in _hub_references(adapter):
+                    lent.enter_context(store.catalog.sources.lend_token(ref, token))
+            yield
 
     def held(self) -> dict[str, Any]:
         """``{"slots": {digest: rank}, "host": [digest], "requests": {digest: count}}``."""
@@ -89,3 +93,11 @@ class ReplicaAdapters:
             self._leaving.pop(digest, None)
         self._leaving = {one: until for one, until in self._leaving.items() if until > time.monotonic()}
         return freed
+
+
+def _hub_references(adapter: str) -> list[AdapterRef]:
+    """What of it is on the Hub and was named by where it is."""
+    if Merge.is_meant(adapter):
+        refs = [part.ref for part in Merge.parse(adapter).parts if part.by_reference and part.ref is not None]
+        return [ref for ref in refs if ref.source == "hub"]
+    return [AdapterRef.parse(adapter)] if adapter.startswith("hub:") else []

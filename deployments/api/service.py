@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_store.errors import AdapterChanged
+from adapter_store.merging_recipe import MARK, Merge
 from adapter_store.source import ResolvedAdapter
 from deployments.adapters.directory import AdapterDirectory
 from deployments.api.generation import Generation
@@ -243,7 +244,8 @@ class CompletionService:
     async def resolve(self, model: str, caller: Caller, record: RequestRecord) -> ResolvedAdapter | None:
         """The content that a model's name means to the caller; None for the base model."""
         adapter = await self.directory.resolve(model, caller)
-        record.model, record.adapter = model, "" if adapter is None else adapter.digest
+        record.model = MARK if Merge.is_meant(model) else model  # clients make up as many merges as they like
+        record.adapter = "" if adapter is None else adapter.digest
         return adapter
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:

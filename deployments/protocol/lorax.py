@@ -230,7 +230,7 @@ class LoraxCompletion(CompletionBody):
 
 #: Our errors as LoRAX says them: the first row that fits. (our codes, our statuses, LoRAX's status, its error_type)
 _ERRORS: tuple[tuple[set[str | None], set[int], int, str], ...] = (
-    ({"model_not_found", "adapter_refused", "adapter_unavailable", "generation_failed"}, set(), 424, "generation"),
+    ({"model_not_found", "adapter_refused", "generation_failed"}, set(), 424, "generation"),
     (set(), {429, 503}, 429, "overloaded"),
     (set(), {400, 413, 415, 422}, 422, "validation"),
     (set(), {500}, 500, "incomplete_generation"),

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from adapter_store.errors import AdapterNotFound
+from adapter_store.merging_recipe import Merge, MergePart
 from adapter_store.names import NamedAdapter
 from adapter_store.source import ResolvedAdapter
 from deployments.tenants.caller import Caller
@@ -44,11 +45,14 @@ class SourceProofs:
         """
         if named.ref.source != "merge":
             return await self._shown(named, caller, gone)
-        # Every part is shown to the caller; what the merge is made of is then read by this server.
-        await asyncio.gather(
-            *(self._shown(NamedAdapter(named.name, ref, "reference"), caller, gone) for ref in named.ref.parts)
-        )
-        return await self._find(named)
+        merge = Merge.of(named.ref)
+        return merge.resolved(named.name, await asyncio.gather(*(self._part(one, caller, gone) for one in merge.parts)))
+
+    async def _part(self, part: MergePart, caller: Caller, gone: str | None) -> ResolvedAdapter:
+        """What the caller names by reference is shown to it; what it names as the operator does is this server's."""
+        assert part.ref is not None
+        named = NamedAdapter(part.name, part.ref, "reference")
+        return await (self._shown(named, caller, gone) if part.by_reference else self._find(named))
 
     async def _shown(self, named: NamedAdapter, caller: Caller, gone: str | None) -> ResolvedAdapter:
         ref = named.ref

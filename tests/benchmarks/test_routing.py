@@ -102,7 +102,7 @@ def test_repetitions_together() -> None:
     assert (ours["ttft_ms_p50"], ours["ttft_ms_p99"], ours["hub_cores"]) == (200.0, 400.0, 0.25)
     assert ours["ttft_ms_p99_median"] == pytest.approx(300.0)
     assert (rival["policy"], rival["hit_rate"], rival["loads"]) == ("hash", 0.25, 3.0)
-    (line,) = verdict([ours, rival])
+    (line,) = verdict([ours, rival, *(each.row() for each in RUNS)])
     assert line.startswith("against hash: 50 % fewer loads, hit rate 0.750 to 0.250")
 
 

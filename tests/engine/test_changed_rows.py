@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from engine.engine import Engine
+from engine.grammar import GrammarState
 from engine.request import GenerationChunk, GenerationRequest, Grammar, InvalidRequest, SamplingParams
 from engine.settings import EngineSettings
 from engine.step_shapes import step_shapes
@@ -216,8 +220,51 @@ async def test_free_rows_run_in_every_step_and_structured_ones_in_every_other(de
     before = demo.stats().steps
     free = asyncio.create_task(answer(demo, say(demo, "free", seed=1, ignore_eos=True, max_tokens=60)))
     structured = [
-        say(demo, f"s{n}", grammar=Grammar("regex", "[a-z]{300}"), seed=n, max_tokens=20, top_k=50) for n in range(4)
+        say(demo, f"s{n}", grammar=Grammar("regex", "[a-z]{300}"), seed=n, max_tokens=12, top_k=50) for n in range(4)
     ]
-    assert all(chunk.completion_tokens == 20 for chunk in await answers(demo, structured))
+    assert all(chunk.completion_tokens == 12 for chunk in await answers(demo, structured))
     assert (await free).completion_tokens == 60
     assert demo.stats().steps - before <= 64
+
+
+async def test_a_grammar_that_takes_its_time_holds_up_nobody(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mask takes longer than the step loop waits; the row's text is the same, and it ends when it is aborted."""
+    letters = Grammar("regex", "[a-z]{12}")
+    quick = await answer(demo, say(demo, "quick", grammar=letters, seed=3, max_tokens=40))
+    go, look_ahead = threading.Event(), GrammarState.look_ahead
+
+    def slow(self: GrammarState, mask: np.ndarray) -> None:
+        go.wait(20)
+        time.sleep(0.004)
+        look_ahead(self, mask)
+
+    monkeypatch.setattr(GrammarState, "look_ahead", slow)
+    held = asyncio.create_task(answer(demo, say(demo, "held", grammar=letters, seed=3, max_tokens=40)))
+    left = asyncio.create_task(answer(demo, say(demo, "left", grammar=letters, seed=4, max_tokens=40)))
+    free = await answer(demo, say(demo, "free", seed=1, ignore_eos=True, max_tokens=60))
+    assert free.completion_tokens == 60
+    assert not held.done()
+    demo.abort("left")
+    assert (await left).finish_reason == "abort"
+    go.set()
+    assert (await held).token_ids == quick.token_ids
+    assert demo.stats().running == 0
+
+
+async def test_rows_whose_masks_are_late_are_preempted_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_ahead = GrammarState.look_ahead
+
+    def slow(self: GrammarState, mask: np.ndarray) -> None:
+        time.sleep(0.004)
+        look_ahead(self, mask)
+
+    async with running(demo_settings(num_pages=9, max_model_len=140, max_rows=6, page_size=16)) as engine:
+        requests = [
+            say(engine, f"{seed}", grammar=Grammar("regex", "[a-z]{60}"), seed=seed, max_tokens=70) for seed in range(4)
+        ]
+        alone = [(await answer(engine, request)).token_ids for request in requests]
+        monkeypatch.setattr(GrammarState, "look_ahead", slow)
+        requests.append(say(engine, "free", seed=9, ignore_eos=True, max_tokens=100))
+        cramped = [chunk.token_ids for chunk in await answers(engine, requests)]
+        assert engine.stats().preemptions > 0
+    assert cramped[:4] == alone

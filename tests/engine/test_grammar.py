@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, VOCAB, tokenizer.eos_token_ids)
+def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
+    made = Grammars(tokenizer, VOCAB, tokenizer.eos_token_ids)
+    yield made
+    made.close()
 
 
 def _allowed(mask: np.ndarray) -> list[int]:
@@ -41,7 +44,7 @@ def _walk(grammars: Grammars, grammar: Grammar, tokenizer: Tokenizer, seed: int)
         token = pick.choice(_allowed(state.mask))
         state.advance(token)
         assert state.error is None
-        grammars.fill([state])
+        grammars.look_ahead([state])
         if token not in tokenizer.eos_token_ids:
             tokens.append(token)
         assert len(tokens) < 2000
@@ -102,7 +105,7 @@ def test_no_grammar_takes_long_or_much(grammars: Grammars, grammar: Grammar) -> 
             break
         started = time.process_time()
         state.advance(_allowed(state.mask)[-1])
-        grammars.fill([state])
+        grammars.look_ahead([state])
         assert time.process_time() - started < 0.5
 
 
@@ -149,7 +152,7 @@ def test_states_of_one_grammar_do_not_know_each_other(grammars: Grammars, tokeni
     one, other = grammars.start(grammar), grammars.start(grammar)
     token = next(token for token in _allowed(one.mask) if tokenizer.token_text(token) == "a")
     one.advance(token)
-    grammars.fill([one])
+    grammars.look_ahead([one])
     assert token in _allowed(other.mask)
     assert token not in _allowed(one.mask)
     assert max(_allowed(other.mask)) < 512  # nothing beyond the tokenizer's own
@@ -158,7 +161,7 @@ def test_states_of_one_grammar_do_not_know_each_other(grammars: Grammars, tokeni
 def test_a_token_that_is_not_allowed_is_an_error_of_that_state_alone(grammars: Grammars) -> None:
     one, other = (grammars.start(Grammar("regex", "ab")) for _ in range(2))
     one.advance(next(token for token in range(512) if token not in _allowed(one.mask)))
-    grammars.fill([one, other])
+    grammars.look_ahead([one, other])
     assert one.error
     assert other.error is None
     assert other.mask.any()
