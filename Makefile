@@ -58,7 +58,11 @@ ALONE := tests/engine tests/adapter_store tests/examples
 test-engine: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PYTEST) $(ALONE) $(SHARED) $(ARGS)
 
-test-serve: $(VENV)/.dev
+# The browser that the console's tests drive. Where it cannot be had they are skipped, and say why.
+$(VENV)/.browser: benchmarks/console/package-lock.json | $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.console.browser && touch $@ || true
+
+test-serve: $(VENV)/.dev $(VENV)/.browser
 	RAY_AUTH_MODE=disabled $(PYTEST) tests --ignore=tests/kernels $(ALONE:%=--ignore=%) $(ARGS)
 
 # What a machine with a GPU runs beside the suite: the same kernel tests compiled, and tests/gpu. Compiling takes the

@@ -38,13 +38,9 @@ def pack_merged(
     read: list[CheckpointFiles] = []
     try:
         parts: list[LoraModules] = []
-        for part in merge.parts:
-            assert part.ref is not None
-            assert part.digest is not None
+        for part, content in zip(merge.parts, merge.contents(), strict=True):
             try:
-                read.append(
-                    fetch(ResolvedAdapter(part.name, part.ref, part.digest), max_weights_bytes(layout, max_rank))
-                )
+                read.append(fetch(content, max_weights_bytes(layout, max_rank)))
                 parts.append(_read_part(read[-1], layout))
             except AdapterError as error:
                 raise part.error(name, error) from error

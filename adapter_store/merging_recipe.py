@@ -139,6 +139,12 @@ class Merge:
         """The same with every part where ``find`` says it is, named as its client calls it, and without digests."""
         return replace(self, parts=tuple(MergePart(part.called, part.weight, find(part)) for part in self.parts))
 
+    def contents(self) -> tuple[ResolvedAdapter, ...]:
+        """What the parts are, all of them being known."""
+        known = [(part.name, part.ref, part.digest) for part in self.parts]
+        assert all(ref is not None and digest is not None for _, ref, digest in known)
+        return tuple(ResolvedAdapter(name, ref, digest) for name, ref, digest in known if ref and digest)
+
     def moved(self, change: Callable[[AdapterRef], AdapterRef]) -> Merge:
         """The same with every part's reference written otherwise."""
         parts = (part if part.ref is None else replace(part, ref=change(part.ref)) for part in self.parts)

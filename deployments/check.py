@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import ValidationError
+from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from adapter_store.digest import CONFIG_FILE
@@ -30,8 +31,11 @@ from deployments.adapters.directory import check_names
 from deployments.config_file import repeated_keys, unknown_keys
 from deployments.live import with_live
 from deployments.mistakes import told
+from deployments.observability.tracing import REMEDY, has_exporter
 from deployments.settings import FleetSettings
 from deployments.source_check import scheme_mistakes, source_warnings
+from deployments.tenants.live_keys import LiveKeys
+from deployments.tenants.open_mode import open_mistake
 from engine.lora_targets import adapter_layout
 from engine.parts import dtype_on
 from engine.settings import EngineSettings
@@ -68,6 +72,7 @@ def mistakes(file: Path, *, running: bool = False) -> Iterator[str]:
         path = application.import_path
         if _is_ours(path):
             yield from application_mistakes(application.args)
+            yield from tenant_mistakes(application.args, schema, elsewhere)
             yield from deployment_mistakes(application, place)
         elif path.startswith(OUR_PACKAGE):
             yield f"{place}.import_path: there is no application at {path!r}: write {OURS}"
@@ -105,6 +110,25 @@ def application_mistakes(args: dict[str, Any]) -> Iterator[str]:
         if all(needs.values()):
             yield f"args.{needs.popitem()[1]}"
     yield from adapter_mistakes(settings, "args")
+
+
+def tenant_mistakes(args: dict[str, Any], config: ServeDeploySchema, elsewhere: bool) -> Iterator[str]:
+    """What is wrong with who may use the application: its keys file, and the lack of one. elsewhere: that file is on
+    other machines."""
+    try:
+        settings = FleetSettings.model_validate(args)
+    except ValidationError:
+        return  # told already
+    file, host = settings.gateway.keys_file, config.http_options.host
+    if config.proxy_location == ProxyLocation.Disabled:
+        host = None
+    if wrong := open_mistake(host, file, stated=settings.gateway.open):
+        yield f"args.gateway: {wrong}"
+    if file is not None and not elsewhere:
+        try:
+            LiveKeys(settings.path(file))
+        except ValueError as error:
+            yield f"args.gateway.keys_file: {error}"
 
 
 def host_cache_needs(engine: EngineSettings, spec: ModelSpec) -> dict[str, str | None]:
@@ -186,6 +210,8 @@ def application_warnings(args: dict[str, Any]) -> Iterator[str]:
     settings = FleetSettings.model_validate(args)
     engine = settings.engine_settings()
     yield from source_warnings(settings, "args")
+    if settings.tracing.endpoint is not None and not has_exporter():
+        yield f"args.tracing.endpoint: spans cannot be sent from this machine: {REMEDY}"
     for kind, need in host_cache_needs(engine, ModelSpec.from_dir(settings.model_folder())).items():
         if need is not None:
             yield f"args.{need} (where the engine runs on {kind})"

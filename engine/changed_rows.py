@@ -42,6 +42,8 @@ class ChangedRows:
         masks: list[np.ndarray] = []
         for row in rows:
             sequence = row.sequence
+            if sequence.plain:
+                continue
             mask = self._mask(sequence)
             sequence.mask_row = -1
             if mask is not None:

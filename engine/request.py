@@ -134,6 +134,11 @@ class SamplingParams:
         """Whether tokens seen before count."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the logits are drawn from as the model gives them."""
+        return not (self.penalised or self.logit_bias or self.min_tokens or self.grammar is not None)
+
     def _check_biases(self) -> None:
         if not isinstance(self.logit_bias, tuple) or len(self.logit_bias) > MOST_BIASES:
             raise InvalidRequest(f"logit_bias must be at most {MOST_BIASES} pairs of token id and bias", "logit_bias")

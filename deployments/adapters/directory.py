@@ -88,11 +88,13 @@ class AdapterDirectory:
 
     async def named(self, name: str) -> NamedAdapter:
         """What the name stands for. Raises AdapterNotFound, and AdapterUnavailable while that cannot be known yet."""
+        heard = self.feed is None or self.feed.heard  # before the look: it may be heard of meanwhile
         try:
             return await self.in_text_pool(self._named, name)
         except AdapterNotFound:
-            if self.feed is None or self.feed.heard:
+            if heard:
                 raise
+        assert self.feed is not None
         if not await self.feed.wait_heard():
             raise AdapterUnavailable(name, "what was declared at run time is not known here yet: try again in a moment")
         return await self.in_text_pool(self._named, name)

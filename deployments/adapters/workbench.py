@@ -15,7 +15,10 @@ from adapter_store.checkpoint import max_weights_bytes, pack_files
 from adapter_store.checkpoint_files import CheckpointFiles
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterRefused
+from adapter_store.merging import pack_merged
+from adapter_store.merging_recipe import Merge
 from adapter_store.names import NamedAdapter
+from adapter_store.packed import PackedAdapter
 from adapter_store.source import AdapterRef, ResolvedAdapter
 from deployments.settings import FleetSettings
 from engine.lora_targets import adapter_layout
@@ -69,7 +72,11 @@ class Workbench:
 
     def packed(self, name: str) -> Adapter:
         """Pack it as a replica would. Raises what a request for it would be told."""
-        resolved, files = self._files(name)
+        resolved = self._resolved(name)
+        if resolved.ref.source == "merge":
+            made = pack_merged(resolved, self._catalog.fetch, self._layout, self._ranks[-1], self._allocate)
+            return self._about(resolved, made)
+        files = self._fetched(resolved)
         try:
             return self._pack(resolved, files)
         finally:
@@ -81,7 +88,8 @@ class Workbench:
         Raises what a request for it would be told, also of what was written, and OSError where the folder cannot be
         made or has files in it.
         """
-        resolved, files = self._files(name)
+        resolved = self._resolved(name)
+        files = self._fetched(resolved)
         try:
             self._pack(resolved, files)
             tensors = {key: value.to(self._dtype) for key, value in load(files.weights.numpy().tobytes()).items()}
@@ -97,32 +105,41 @@ class Workbench:
 
     def fetched(self, name: str) -> Adapter:
         """Bring it to this machine's disk cache, if it is not there or in a folder of this machine."""
-        resolved, files = self._files(name)
-        files.discard()
+        resolved = self._resolved(name)
+        for one in Merge.of(resolved.ref).contents() if resolved.ref.source == "merge" else (resolved,):
+            self._fetched(one).discard()
         return Adapter(str(resolved.ref), resolved.digest)
 
     def close(self) -> None:
         """Close connections."""
         self._catalog.close()
 
-    def _files(self, name: str) -> tuple[ResolvedAdapter, CheckpointFiles]:
+    def _resolved(self, name: str) -> ResolvedAdapter:
         ref = AdapterRef("local", str(Path(name).absolute())) if Path(name).is_dir() else None
         if ref is None and AdapterRef.is_meant(name):
             try:
                 ref = AdapterRef.parse(name)
             except ValueError as error:
                 raise AdapterRefused(name, str(error)) from error
-        resolved = self._catalog.resolve_ref(name, self._catalog.find(name) if ref is None else ref)
-        return resolved, self._catalog.fetch(resolved, max_weights_bytes(self._layout, self._ranks[-1]))
+        return self._catalog.resolve_ref(name, self._catalog.find(name) if ref is None else ref)
+
+    def _fetched(self, resolved: ResolvedAdapter) -> CheckpointFiles:
+        return self._catalog.fetch(resolved, max_weights_bytes(self._layout, self._ranks[-1]))
+
+    def _allocate(self, elements: int) -> torch.Tensor:
+        return torch.empty(elements, dtype=self._dtype)
 
     def _pack(self, resolved: ResolvedAdapter, files: CheckpointFiles) -> Adapter:
         packed = pack_files(
             files,
             self._layout,
             self._ranks[-1],
-            lambda elements: torch.empty(elements, dtype=self._dtype),
+            self._allocate,
             resolved.name,
             digest=resolved.digest,
         )
+        return self._about(resolved, packed)
+
+    def _about(self, resolved: ResolvedAdapter, packed: PackedAdapter) -> Adapter:
         slot_rank = next(rank for rank in self._ranks if rank >= packed.rank)
         return Adapter(str(resolved.ref), resolved.digest, packed.rank, slot_rank, packed.nbytes)

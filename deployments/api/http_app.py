@@ -19,6 +19,7 @@ from deployments.api.embeddings import add_embedding_routes
 from deployments.api.explain import explain
 from deployments.api.generation import Generation
 from deployments.api.lorax import add_lorax_routes
+from deployments.api.lorax_answers import StreamedToken
 from deployments.api.openapi import GENERATES, answers, describe_events
 from deployments.api.rendering import events, whole
 from deployments.api.request_id import HEADER, RequestId, current_request_id
@@ -99,7 +100,7 @@ def create_http_app(
             response.headers[HEADER] = current_request_id()
         return response
 
-    describe_events(app)
+    describe_events(app, ChatEvent, StreamedToken)
     for kind in (ApiError, InvalidRequest, AdapterError, EngineOverloaded, GenerationFailed, ReplicaLost):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(Exception, failed)

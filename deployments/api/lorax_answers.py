@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from deployments.api.openapi import event_stream
+
 _ERRORS = {
     401: "no valid API key",
     403: "this API key may not do that",
@@ -126,7 +128,7 @@ def answers(whole: Any, streamed: type[BaseModel] | None = None) -> dict[int | s
     """FastAPI's ``responses`` of a route. whole: what it answers with, if it does; streamed: an event's data."""
     good: dict[str, Any] = {} if whole is None else {"model": whole}
     if streamed is not None:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        good["content"] = event_stream(streamed, LoraxError)
         good["description"] = f"Events with {streamed.__name__} as their data" + (
             " where stream is true." if whole else "."
         )

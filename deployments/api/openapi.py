@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from deployments.protocol.answers import ChatEvent, ErrorAnswer
+from deployments.protocol.answers import ErrorAnswer
 
 _ERRORS = {
     400: "the body is no JSON, or a field of it is wrong",
@@ -32,26 +32,31 @@ def answers(
     event's data are, for a route that also answers with a stream."""
     whole: dict[str, Any] = {"model": model}
     if streamed is not None:
-        shapes = [{"$ref": f"#/components/schemas/{shape.__name__}"} for shape in (streamed, ErrorAnswer)]
-        event = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": shapes}}
-        data = {"anyOf": [{"const": "[DONE]"}, event]}
-        item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
-        whole["content"] = {"text/event-stream": {"itemSchema": item}}
+        whole["content"] = event_stream(streamed, ErrorAnswer, last="[DONE]")
         whole["description"] = f"The whole answer, or with stream=true events with {streamed.__name__} as their data."
     told = sorted({*_EVERYWHERE, *errors})
     return {200: whole, **{status: {"model": ErrorAnswer, "description": _ERRORS[status]} for status in told}}
 
 
-def describe_events(app: FastAPI) -> None:
+def event_stream(*shapes: type[BaseModel], last: str | None = None) -> dict[str, Any]:
+    """``content`` of an answer whose events have data of one of ``shapes``; last: what the last one says instead."""
+    refs = [{"$ref": f"#/components/schemas/{shape.__name__}"} for shape in shapes]
+    event = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": refs}}
+    data = event if last is None else {"anyOf": [{"const": last}, event]}
+    return {"text/event-stream": {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}}
+
+
+def describe_events(app: FastAPI, *events: type[BaseModel]) -> None:
     """Put the shapes of events, which FastAPI does not see, into the app's document."""
     made = app.openapi
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            shape = ChatEvent.model_json_schema(ref_template="#/components/schemas/{model}")
-            shapes = {**shape.pop("$defs"), ChatEvent.__name__: shape}
             schemas = made()["components"]["schemas"]
-            schemas.update({name: one for name, one in shapes.items() if name not in schemas})
+            for event in events:
+                shape = event.model_json_schema(ref_template="#/components/schemas/{model}")
+                shapes = {**shape.pop("$defs"), event.__name__: shape}
+                schemas.update({name: one for name, one in shapes.items() if name not in schemas})
         return made()
 
     app.openapi = document

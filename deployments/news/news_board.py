@@ -16,7 +16,7 @@ TRUSTED_SECONDS = 6.0  # a replica that says nothing for so long, or a hub, is n
 # A call takes 0.5 to 1 ms of the hub's processor, so that all replicas and all routers together take about one.
 PUBLISHED_PER_SECOND = 1200
 ANSWERS_PER_SECOND = 600
-LEAST_PAUSE_SECONDS = 0.02
+LEAST_PAUSE_SECONDS = 0.01
 SPARE_BYTES = 4096  # changes of a replica that are kept in any case before it is asked for everything again
 
 

@@ -37,13 +37,13 @@ class Telemetry:
         record.status, record.prompt_tokens, record.completion_tokens = status, prompt_tokens, completion_tokens
         self._metrics.open -= 1
         self._metrics.count(record)
-        facts = record.facts()
         if record.span.is_recording():
-            self._close(record, facts)
-        logger.info("%d %s %.3f s", status, record.model or "-", record.total_s, extra=facts)
+            self._close(record)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%d %s %.3f s", status, record.model or "-", record.total_s, extra=record.facts())
 
-    def _close(self, record: RequestRecord, facts: dict[str, str | int | float]) -> None:
-        span = record.span
+    def _close(self, record: RequestRecord) -> None:
+        span, facts = record.span, record.facts()
         span.set_attributes({_ATTRIBUTES.get(name, f"lorafleet.{name}"): value for name, value in facts.items()})
         if record.status >= 500 or record.error:
             span.set_status(Status(StatusCode.ERROR, record.error))

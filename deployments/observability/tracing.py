@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from opentelemetry import context, trace
 from opentelemetry.trace import NoOpTracer, Span, Tracer
@@ -16,6 +17,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+REMEDY = "pip install 'lorafleet[tracing]'"
+_EXPORTER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _W3C = TraceContextTextMapPropagator()  # traceparent and tracestate
 
@@ -44,7 +47,7 @@ class Tracing:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
             from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio  # noqa: PLC0415
         except ModuleNotFoundError as error:
-            message = f"{error.name} is not installed: pip install 'lorafleet[tracing]'"
+            message = f"{error.name} is not installed: {REMEDY}"
             if endpoint is not None:
                 raise ModuleNotFoundError(f"tracing.endpoint is set, but {message}", name=error.name) from error
             logger.warning("no traces are sent to where the environment says: %s", message)
@@ -63,6 +66,14 @@ class Tracing:
         """Send what is left. Takes as long as the collector does: call it in a thread."""
         if self._provider is not None:
             self._provider.shutdown()
+
+
+def has_exporter() -> bool:
+    """Whether this machine could export spans."""
+    try:
+        return find_spec(_EXPORTER) is not None
+    except ModuleNotFoundError:  # not even its parents
+        return False
 
 
 def carried(span: Span) -> dict[str, str]:

@@ -33,11 +33,14 @@ def check_levels(value: Any, param: str) -> None:
 def schema_text(schema: Any) -> str:
     """A JSON schema as text. Raises PydanticCustomError for one of more than ``MOST_SCHEMA_BYTES``."""
     try:
-        text = json.dumps(schema, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise PydanticCustomError("schema", "the schema holds a lone surrogate: no valid Unicode") from None
     except ValueError:
         raise PydanticCustomError("schema", "the schema holds a number that is none: NaN or an infinity") from None
-    if len(text) > MOST_SCHEMA_BYTES:
+    if size > MOST_SCHEMA_BYTES:
         raise PydanticCustomError(
-            "schema", "the schema has {bytes} bytes: at most {most}", {"bytes": len(text), "most": MOST_SCHEMA_BYTES}
+            "schema", "the schema has {bytes} bytes: at most {most}", {"bytes": size, "most": MOST_SCHEMA_BYTES}
         )
     return text

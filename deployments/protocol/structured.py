@@ -16,6 +16,7 @@ from deployments.protocol.errors import invalid, unsupported
 from engine.request import Grammar
 
 MOST_CHOICES = 1024
+_MOST_GBNF = 2**12  # it is translated in Python, on the loop of all requests
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"  # of schemas and functions, as OpenAI has it
 
 
@@ -37,9 +38,13 @@ def _lark(text: str, param: str) -> str:
     """vLLM takes GBNF, too, which only there has rules with ``::=``."""
     if "::=" not in text:
         return text
+    if len(text) > _MOST_GBNF:
+        raise invalid(
+            param, f"{param}: the GBNF grammar has {len(text)} characters: at most {_MOST_GBNF}, or send Lark"
+        )
     try:
         return gbnf_to_lark(text)
-    except ValueError as error:
+    except Exception as error:  # it raises nothing more precise
         raise invalid(param, f"{param}: the GBNF grammar cannot be read: {str(error)[:500]}") from None
 
 

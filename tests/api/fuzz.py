@@ -9,6 +9,7 @@ type, headers and shape; none may be a 5xx. Ends with 1 and the requests that sh
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -41,10 +42,14 @@ PARTS = (
     ("/health", VALID, 0.0),
     ("/v1/models", VALID, 0.0),
     ("/v1/models/{name}", VALID, 0.05),
-    ("/v1/completions", VALID, 0.25),
-    ("/v1/completions", BROKEN, 0.15),
-    ("/v1/chat/completions", VALID, 0.35),
-    ("/v1/chat/completions", BROKEN, 0.2),
+    ("/v1/completions", VALID, 0.2),
+    ("/v1/completions", BROKEN, 0.1),
+    ("/v1/chat/completions", VALID, 0.3),
+    ("/v1/chat/completions", BROKEN, 0.15),
+    ("/generate", VALID, 0.1),
+    ("/generate_stream", VALID, 0.05),
+    ("/", BROKEN, 0.05),
+    ("/info", VALID, 0.0),
 )
 
 
@@ -77,6 +82,8 @@ def _fuzz_operation(operation: Any, mode: GenerationMode, cases: int, model: str
             named = case.body.get("model")
             if isinstance(named, str) and (len(named) < 4 or len(named) % 4):
                 case.body["model"] = model
+            if isinstance(asked := case.body.get("parameters"), dict):
+                asked["max_new_tokens"] = 4
             for name in ("max_tokens", "max_completion_tokens"):  # how long it takes is not the question here
                 if isinstance(case.body.get(name), int):
                     case.body[name] = min(case.body[name], 24)
@@ -95,6 +102,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", default=BASE_MODEL)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
+    logging.disable(logging.INFO)  # a line for each request
     with nullcontext(chosen.url) if chosen.url else served(max_model_len=96) as url:
         counts = fuzz(url, chosen.cases, chosen.model, chosen.seed)
     for line, count in sorted(counts.items()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--url", help="of a server that runs; without, the demo model is served for it")
     parser.add_argument("--model", default=BASE_MODEL)
     chosen = parser.parse_args(arguments)
+    logging.disable(logging.INFO)  # a line for each request
     with nullcontext(chosen.url) if chosen.url else served() as url:
         outputs = check(url, chosen.model, chosen.count)
     print(f"{len(outputs)} schemas, {len(set(outputs))} different outputs, all of them valid")

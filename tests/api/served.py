@@ -42,7 +42,6 @@ def served(max_model_len: int | None = None) -> Iterator[str]:
         directory = AdapterDirectory(BASE_MODEL, Catalog(STORE), limits.threads)
         service = CompletionService(directory, DEMO / "model", LocalFleet(engine), engine.max_model_len, limits)
         server = uvicorn.Server(uvicorn.Config(create_http_app(service), log_level="error"))
-        server.install_signal_handlers = lambda: None
         running = asyncio.ensure_future(server.serve([listener]))
         started.set()
         await asyncio.to_thread(stop.wait)

@@ -154,3 +154,16 @@ def test_as_a_command() -> None:
     first, second = run.stdout.splitlines()
     assert first.startswith("shout: reference local:")
     assert second.startswith("nosuch: AdapterNotFound: there is no adapter of this name")
+
+
+def test_a_merge_is_packed_and_its_parts_are_fetched(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [{"ref": "hub:acme/shout", "weight": 0.5}, {"ref": f"local:{SHOUT}", "weight": 0.5}]
+    blend = {"blend": "merge:" + json.dumps({"adapters": parts})}
+    config = written(tmp_path, adapters=blend, store={"hub_endpoint": hub.endpoint})
+    code, (fetched,) = told(capsys, "--config", config, "prefetch", "blend")
+    assert code == 0
+    hub.stop()
+    code, (packed,) = told(capsys, "--config", config, "check", "blend")
+    assert (code, packed["digest"], packed["rank"]) == (0, fetched["digest"], 4)

@@ -149,9 +149,9 @@ def test_a_key_that_is_written_twice_is_told_with_its_lines(tmp_path):
 
 def test_a_key_that_is_written_twice_in_one_line_is_told(tmp_path):
     file = config(tmp_path)
-    file.write_text(file.read_text() + "logging_config: {log_level: INFO, log_level: DEBUG}\n")
+    file.write_text(file.read_text() + "grpc_options: {port: 9000, port: 9001}\n")
     (found,) = mistakes(file)
-    assert found.startswith("logging_config.log_level: written in line ")
+    assert found.startswith("grpc_options.port: written in line ")
 
 
 def test_one_user_config_for_both_deployments_is_no_repetition(tmp_path):
@@ -227,6 +227,14 @@ def test_what_sources_need_and_this_machine_lacks_is_warned_of(tmp_path, monkeyp
     assert "pip install lorafleet[gs]" in next(warnings(file))
 
 
+def test_an_exporter_of_spans_that_is_missing_is_told(tmp_path, monkeypatch):
+    file = config(tmp_path, tracing={"endpoint": "http://collector:4318"})
+    before = list(warnings(file))
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    (found,) = [one for one in warnings(file) if one not in before]
+    assert found.startswith("args.tracing.endpoint: ") and "lorafleet[tracing]" in found
+
+
 def test_a_warning_stops_nothing(tmp_path):
     file = config(tmp_path, engine={"num_pages": 1})
     ended = checked(file)
@@ -274,3 +282,24 @@ def test_a_number_of_replicas_beside_autoscaling_is_told(tmp_path):
     assert list(mistakes(config(tmp_path, application={"deployments": fixed}, replicas={}))) == []
     (found,) = mistakes(config(tmp_path, replicas=scaling | {"num_replicas": 2}))
     assert "num_replicas is 2 but autoscaling is set too: leave one of them out" in found
+
+
+def test_whoever_lets_other_machines_in_says_who_has_a_key_or_that_nobody_needs_one(tmp_path):
+    def found(host, **gateway):
+        file = config(tmp_path, gateway=gateway)
+        made = yaml.safe_load(file.read_text())
+        made["http_options"].pop("host", None)
+        made["http_options"] |= {} if host is None else {"host": host}
+        file.write_text(yaml.safe_dump(made))
+        return list(mistakes(file, running=True))
+
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("tenants: {acme: {keys: []}}")
+    for host in ("0.0.0.0", "::", "10.0.0.7", None):  # Serve's own default lets everybody in
+        (told,) = found(host)
+        assert told.startswith("args.gateway: http_options.host is") and "gateway.keys_file" in told
+        assert found(host, open=True) == found(host, keys_file=str(keys)) == []
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert found(host) == []
+    (told,) = found("127.0.0.1", keys_file="nowhere.yaml")
+    assert told.startswith("args.gateway.keys_file: keys file ") and "cannot be read" in told

@@ -27,18 +27,18 @@ def body(**changes):
 async def test_an_adapter_that_changed_meanwhile_is_looked_up_once_more(service, fleet, monkeypatch):
     real, asked = fleet.generate, []
 
-    async def stale_once(request, model, *, whole=False):
+    async def stale_once(request, model, record):
         asked.append(request.adapter_digest)
         if len(asked) == 1:
             raise AdapterChanged(model, "published anew")
-        async for chunk in real(request, model, whole=whole):
+        async for chunk in real(request, model, record):
             yield chunk
 
     monkeypatch.setattr(fleet, "generate", stale_once)
     chunks = await (await service.start(body(), stream=False, caller=Caller())).finished()
     assert chunks[0].text == answer(PROMPT, "shout") and len(asked) == 2
 
-    async def always_stale(request, model, *, whole=False):
+    async def always_stale(request, model, record):
         asked.append(request.adapter_digest)
         raise AdapterChanged(model, "published anew")
         yield
@@ -60,9 +60,9 @@ async def test_more_completions_than_allowed_are_refused_before_anything_runs(se
 async def test_each_choice_is_a_request_of_its_own_with_the_same_adapter_content(service, fleet, monkeypatch):
     real, requests = fleet.generate, []
 
-    async def seen(request, model, *, whole=False):
+    async def seen(request, model, record):
         requests.append(request)
-        async for chunk in real(request, model, whole=whole):
+        async for chunk in real(request, model, record):
             yield chunk
 
     monkeypatch.setattr(fleet, "generate", seen)

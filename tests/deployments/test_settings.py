@@ -89,6 +89,9 @@ def test_the_autoscaling_that_the_shipped_configuration_offers_is_accepted():
         ({"gateway": {"max_body_bytes": 0}}, "gateway: max_body_bytes is 0"),
         ({"gateway": {"admin": "everybody"}}, "gateway.admin"),
         ({"gateway": {"metric_adapters": -1}}, "gateway.metric_adapters"),
+        ({"gateway": {"metric_tenants": -1}}, "gateway.metric_tenants"),
+        ({"tracing": {"endpoint": "collector:4318"}}, "tracing.endpoint"),
+        ({"tracing": {"sample": 1.5}}, "tracing.sample"),
     ],
 )
 def test_a_mistake_is_refused_by_name(changes, said):

@@ -199,3 +199,31 @@ def test_a_chat_body_with_a_forced_call_has_the_grammar_of_its_arguments():
     assert ChatBody(**body).sampling_params().grammar is None
     with pytest.raises(ApiError, match="guided_regex both say"):
         ChatBody(**body, tool_choice="required", guided_regex="a").sampling_params()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"guided_json": {"const": "\ud800"}},
+        {"guided_json": {"\udfff": 1, "type": "string", "pattern": "\ud800"}},
+        {"guided_json": '{"const": "\\ud800"}'},
+        {"guided_regex": "\ud800"},
+        {"guided_choice": ["\ud800"]},
+        {"guided_grammar": 'start: "\ud800"'},
+        {"guided_grammar": 'root ::= "\ud800"'},
+        {"guided_grammar": "root ::= " + "(" * 4000},
+        {"guided_grammar": "root ::= " + "(" * 30_000},
+        {"guided_grammar": "\n".join(f"r{i} ::= [a-z]+ r{i + 1}" for i in range(150))},
+        {"guided_regex": "(" * 30_000},
+        {"guided_regex": "((a{1,1000}){1,1000}){1,1000}"},
+        {"guided_choice": ["\x00"]},
+        {"model": "\ud800"},
+        {"stop": "\ud800", "user": "\ud800"},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "\ud800"}}},
+    ],
+)
+async def test_what_no_encoding_or_parser_can_take_is_no_failure_of_ours(http, field):
+    content = json.dumps({"model": BASE_MODEL, "prompt": PROMPT, "max_tokens": 2} | field)
+    response = await http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), response.text
+    assert len(response.text) < 2000

@@ -59,9 +59,9 @@ def greedy_with(model: TinyModel, request: GenerationRequest, params: SamplingPa
 
 def penalised_requests() -> list[GenerationRequest]:
     """Greedy requests of 14 tokens with penalties and biases, alone and together; the last has none."""
-    prompts = [[5, 9, 9, 60, 5], [20] * 9, list(range(40, 60)), [7], [100, 3]]
+    prompts = [[5, 9, 9, *range(60, 140), 5], [20] * 9, list(range(40, 60)), [7], [100, 3]]
     kinds = [
-        {"repetition_penalty": 0.3},
+        {"repetition_penalty": 0.1},
         {"frequency_penalty": -1.5, "presence_penalty": -0.25},
         {"logit_bias": ((5, 4.0), (9, -100.0), (210, 4.0))},
         {"repetition_penalty": 5.0, "frequency_penalty": 0.9, "presence_penalty": 1.1, "logit_bias": ((8, 1.5),)},

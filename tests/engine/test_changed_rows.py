@@ -255,16 +255,15 @@ async def test_rows_whose_masks_are_late_are_preempted_and_come_back(monkeypatch
     look_ahead = GrammarState.look_ahead
 
     def slow(self: GrammarState, mask: np.ndarray) -> None:
-        time.sleep(0.004)
+        time.sleep(0.01)
         look_ahead(self, mask)
 
     async with running(demo_settings(num_pages=9, max_model_len=140, max_rows=6, page_size=16)) as engine:
-        requests = [
-            say(engine, f"{seed}", grammar=Grammar("regex", "[a-z]{60}"), seed=seed, max_tokens=70) for seed in range(4)
-        ]
+        digits = Grammar("regex", "([a-f][0-9]){12}")  # no two masks in turn are alike
+        requests = [say(engine, f"{seed}", grammar=digits, seed=seed, max_tokens=30) for seed in range(4)]
         alone = [(await answer(engine, request)).token_ids for request in requests]
         monkeypatch.setattr(GrammarState, "look_ahead", slow)
-        requests.append(say(engine, "free", seed=9, ignore_eos=True, max_tokens=100))
+        requests.append(say(engine, "free", seed=9, ignore_eos=True, max_tokens=110))
         cramped = [chunk.token_ids for chunk in await answers(engine, requests)]
         assert engine.stats().preemptions > 0
     assert cramped[:4] == alone

@@ -73,7 +73,8 @@ class Door:
             admissions=self.admissions,
         )
         self.app = create_http_app(self.service, keys=self.keys, cors_origins=["https://app.acme.com"])
-        add_adapter_routes(self.app, self, access)
+        orders: Any = self
+        add_adapter_routes(self.app, orders, access)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60)
 

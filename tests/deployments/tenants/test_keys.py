@@ -23,11 +23,14 @@ def test_a_new_key_has_256_bits_and_what_is_printed_can_be_put_into_the_file(cap
     assert len(keys) == 100 and all(re.fullmatch(r"lf-[A-Za-z0-9_-]{43}", key) for key in keys)
     for arguments, role in ((["new-key", "acme"], "tenant"), (["new-key", "--admin"], "admin")):
         assert main(arguments) == 0
-        key, text = re.fullmatch(
+        printed = re.fullmatch(
             r"key, shown this once: (\S+)\nin the keys file:\n\n(.*)", capsys.readouterr().out, re.DOTALL
-        ).groups()
+        )
+        assert printed is not None
+        key, text = printed.groups()
         assert key not in text
         caller = KeyTable.parse(text).caller(key)
+        assert caller is not None
         assert caller.role == role and caller.tenant.name == ("acme" if role == "tenant" else "")
     assert main(["new-key", "hub:acme"]) == 1 and "tenant's name" in capsys.readouterr().err
     (tmp_path / "keys.yaml").write_text("tenants: {acme: {keys: [plain]}}")
@@ -64,7 +67,8 @@ def test_the_file_is_taken_over_whole_or_not_at_all(tmp_path, caplog):
         LiveKeys(file)
     file.write_text(yaml.safe_dump({"tenants": {"acme": {"keys": [key_hash("one")]}}}))
     keys = LiveKeys(file)
-    assert keys.caller("one").tenant.name == "acme" and keys.caller("two") is None
+    acme = keys.caller("one")
+    assert acme is not None and acme.tenant.name == "acme" and keys.caller("two") is None
     for broken in ("tenants: [", "tenants: {acme: {keys: [clear]}}", b"\xff\xfe".decode("latin-1")):
         file.write_bytes(broken.encode("latin-1"))
         keys.look()

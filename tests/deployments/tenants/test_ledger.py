@@ -93,7 +93,8 @@ def test_the_same_request_twice_is_let_in_once() -> None:
     ledger = Ledger(Clock())
     for _ in range(3):
         verdict = ledger.enter("gateway", "one", "acme", Limits(requests_per_minute=2, concurrency=2))
-    assert verdict.requests is not None and verdict.requests.remaining == 1
+        assert verdict.refused is None
+        assert verdict.requests is not None and verdict.requests.remaining == 1
     for _ in range(2):
         verdict = ledger.charge("gateway", "one", 10, Limits(tokens_per_minute=15))
         assert verdict.refused is None and verdict.tokens is not None and verdict.tokens.remaining == 5

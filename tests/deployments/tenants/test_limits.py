@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from deployments.protocol.errors import ApiError
 from deployments.tenants import admission, register
 from deployments.tenants.admission import Admissions
 from deployments.tenants.caller import Caller
@@ -31,7 +32,7 @@ def desk(shared: LocalRegister) -> Admissions:
 async def outcome(coroutine) -> int:
     try:
         await coroutine
-    except Exception as error:
+    except ApiError as error:
         return error.status
     return 200
 
@@ -56,7 +57,7 @@ async def test_concurrency_is_never_exceeded_and_a_place_that_is_free_is_given()
         for _ in range(20):
             try:
                 admitted = await gateways[number % 2].enter(caller(concurrency=3))
-            except Exception as error:
+            except ApiError as error:
                 assert error.status == 429 and error.kind == "concurrency"
                 assert running == 3, "refused only while all places are taken"
                 refused += 1
@@ -167,13 +168,13 @@ async def test_while_limits_cannot_be_counted_nobody_who_has_some_comes_in(monke
     shared = LocalRegister()
     shared.dead = True
     gateway = desk(shared)
-    with pytest.raises(Exception, match="cannot count") as raised:
+    with pytest.raises(ApiError, match="cannot count") as raised:
         await gateway.enter(caller(concurrency=1))
     assert raised.value.status == 503 and raised.value.headers["Retry-After"]
     assert await outcome(gateway.enter(Caller(Tenant("free"), "tenant"))) == 200
     await gateway.close()
     unset = Admissions()
-    with pytest.raises(Exception, match="cannot count"):
+    with pytest.raises(ApiError, match="cannot count"):
         await unset.enter(caller(concurrency=1))
     await unset.close()
 
