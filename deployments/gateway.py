@@ -18,6 +18,7 @@ from deployments.adapters.admin import AdapterAdmin
 from deployments.adapters.declaration_feed import DeclarationFeed
 from deployments.adapters.directory import AdapterDirectory
 from deployments.adapters.routes import add_adapter_routes, admin_rule
+from deployments.api.embeddings import embed
 from deployments.api.generation import Generation
 from deployments.api.handle_errors import builtin_error
 from deployments.api.http_app import create_http_app
@@ -37,6 +38,7 @@ from deployments.observability.tracing import IncomingTrace, Tracing
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.common import read_body, usage
 from deployments.protocol.completions import CompletionBody
+from deployments.protocol.embeddings import EmbeddingBody
 from deployments.protocol.errors import from_exception
 from deployments.replicas import ServedReplicas, ask_every
 from deployments.routing.routing_counters import counters
@@ -161,6 +163,13 @@ class Gateway:
                     if chunk.finish_reason is not None:
                         item["usage"] = usage(generation.prompt_tokens, generation.completion_tokens)
                     yield item
+        except Exception as error:
+            raise _told(error) from None
+
+    async def embed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What ``POST /v1/embeddings`` answers to this body. Raises as ``generate`` does."""
+        try:
+            return await embed(self._service, read_body(EmbeddingBody, request), self._gate.caller(request))
         except Exception as error:
             raise _told(error) from None
 

@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import get_args
 
 import torch
 
@@ -16,6 +17,7 @@ from adapter_store.slots import Residency
 from engine.grammar import GrammarState
 from engine.output import OutputQueue
 from engine.parts import EngineParts, build_parts
+from engine.prompt_reading import reading_for
 from engine.request import (
     CONTEXT_LENGTH_EXCEEDED,
     EngineDead,
@@ -23,6 +25,7 @@ from engine.request import (
     GenerationRequest,
     Grammar,
     InvalidRequest,
+    Pooling,
     check_length,
 )
 from engine.sequence import Sequence
@@ -94,12 +97,14 @@ class Engine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         """Chunks of one request, the first as soon as there is a token; a slow reader gets several as one.
 
-        The last chunk has a ``finish_reason``. Leaving early (``aclose``, cancellation, an abandoned loop) aborts
-        the request. Raises, before or between chunks: InvalidRequest, EngineOverloaded, EngineDead, GenerationFailed
-        and the AdapterError family.
+        The last chunk has a ``finish_reason``. A request for ``pooling`` has a single chunk with its embedding: it is
+        a row like others, prefilled in chunks and in the same order, but draws no token. Leaving early (``aclose``,
+        cancellation, an abandoned loop) aborts the request. Raises, before or between chunks: InvalidRequest,
+        EngineOverloaded, EngineDead, GenerationFailed and the AdapterError family.
         """
         loop = self._started()
         sequence = self._sequence(request)
+        reading = sequence.reading
         if request.sampling.grammar is not None:
             sequence.grammar = await self._start_grammar(request.sampling.grammar)
         loop.submit(sequence)
@@ -113,6 +118,9 @@ class Engine:
                     ended = True
                     raise
                 ended = chunk.finish_reason is not None
+                if reading is not None and reading.landed:
+                    chunk = await asyncio.to_thread(reading.tell, chunk, self.parts.tokenizer)
+                    reading = None
                 yield chunk
         finally:
             if not ended:
@@ -230,13 +238,17 @@ class Engine:
     def _sequence(self, request: GenerationRequest) -> Sequence:
         """Check all of the request that can be checked without its adapter."""
         parts, params = self.parts, request.sampling
+        if request.pooling is not None and request.pooling not in get_args(Pooling):
+            raise InvalidRequest(f"pooling is {request.pooling!r} but must be mean or last", "pooling")
         prompt_tokens = len(request.prompt_token_ids)
-        max_tokens = check_length(prompt_tokens, params.max_tokens, parts.max_model_len)
-        room = parts.pages.capacity + 1  # the last token's keys and values are never needed
+        wanted = params.max_tokens if request.pooling is None else 0
+        max_tokens = check_length(prompt_tokens, wanted, parts.max_model_len)
+        # A completion's last token needs no room: its keys and values are never used.
+        room = parts.pages.capacity + (request.pooling is None)
         if max_tokens > room:
-            if params.max_tokens is not None or prompt_tokens >= room:
+            if wanted is not None or prompt_tokens >= room:
                 raise InvalidRequest(
-                    f"the prompt's {prompt_tokens} tokens and its completion (max_tokens {params.max_tokens}) are more "
+                    f"the prompt's {prompt_tokens} tokens and its completion (max_tokens {wanted}) are more "
                     f"than the {room} tokens that a KV cache of {parts.pages.num_pages} pages has room for: shorten "
                     "them, or have num_pages raised",
                     "prompt" if prompt_tokens >= room else "max_tokens",
@@ -266,4 +278,13 @@ class Engine:
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else parts.eos_token_ids)}
         end_tokens = tuple(sorted(token for token in ends if 0 <= token < vocab_size))
-        return Sequence(request, next(self._arrivals), max_tokens, seed, text, OutputQueue(), end_tokens=end_tokens)
+        return Sequence(
+            request,
+            next(self._arrivals),
+            max_tokens,
+            seed,
+            text,
+            OutputQueue(),
+            reading=reading_for(request),
+            end_tokens=end_tokens,
+        )

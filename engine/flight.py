@@ -31,18 +31,19 @@ class SampledToken:
 class Flight:
     """The draws of one step. Made right after its launch, before the next one's; may be read long after."""
 
-    def __init__(self, rows: Many[PlannedRow], drawn: Drawn) -> None:
-        """rows: those that draw a token, in the order of ``drawn.places``. Nothing waits for the device."""
-        self.rows, self._places = rows, drawn.places
+    def __init__(self, rows: Many[PlannedRow], drawn: Drawn, pooled: Many[Sequence] = ()) -> None:
+        """rows: those that draw a token, in the order of ``drawn.places``. pooled: requests that draw none and whose
+        embedding this step completes. Nothing waits for the device."""
+        self.rows, self.pooled, self._places = rows, pooled, drawn.places
         asked = [row.sequence.request.sampling.logprobs for row in rows]
         self._wanted = {index: count for index, count in enumerate(asked) if count is not None}
-        self._tokens = _to_host(torch.where(drawn.logprobs.isnan(), -1, drawn.ids))
+        self._tokens = to_host(torch.where(drawn.logprobs.isnan(), -1, drawn.ids))
         self._logprobs: tuple[Tensor, ...] = ()
         if self._wanted:
             index = torch.tensor([drawn.places[row] for row in self._wanted], dtype=torch.int64)
             index = index.to(drawn.ids.device, non_blocking=True)
             logits, ids = drawn.logits.index_select(0, index), drawn.ids.index_select(0, index)
-            self._logprobs = tuple(map(_to_host, log_probs(logits, ids, max(self._wanted.values()))))
+            self._logprobs = tuple(map(to_host, log_probs(logits, ids, max(self._wanted.values()))))
         self._done: torch.cuda.Event | None = None
         if drawn.ids.is_cuda:
             self._done = torch.cuda.Event()
@@ -67,8 +68,9 @@ class Flight:
 
 
 def not_finite(sequence: Sequence) -> Exception:
-    """Why a sequence ends whose drawn token is None."""
-    where = f"the logits of token {sequence.known} are not finite"
+    """Why a sequence ends whose drawn token is None, or of whose prompt something else was read."""
+    what = f"logits of token {sequence.known}" if sequence.request.pooling is None else "hidden states"
+    where = f"the {what} are not finite"
     if sequence.mask_row >= 0:
         where += ", or none of those that its grammar and min_tokens allow is"
     if sequence.request.adapter is None:
@@ -79,7 +81,7 @@ def not_finite(sequence: Sequence) -> Exception:
     )
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
     """A copy under way to pinned memory; the tensor itself on a CPU."""
     if not tensor.is_cuda:
         return tensor

@@ -111,14 +111,24 @@ class DecoderModel:
 
         return KVCache(keys=tensors(), values=tensors())
 
+    def new_hidden(self, tokens: int) -> Tensor:
+        """Uninitialised room for the hidden states of so many tokens."""
+        return torch.empty((tokens, self.spec.hidden_size), dtype=self.dtype, device=self.device)
+
     @torch.inference_mode()
     def forward(
-        self, inputs: StepInputs, kv: KVCache, lora: LoraState | None = None, out: Tensor | None = None
+        self,
+        inputs: StepInputs,
+        kv: KVCache,
+        lora: LoraState | None = None,
+        out: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Logits of ``inputs.logit_tokens``: ``(O, vocab_size)`` fp32. Writes keys and values into ``kv``.
 
         lora may be None only when ``inputs.has_lora`` is False. out: where to put the logits, in the model's dtype and
-        not widened. Nothing here waits for the device.
+        not widened. hidden: where to put all tokens' hidden states behind the last norm, (T, hidden_size). Nothing here
+        waits for the device.
         """
         assert lora is not None or not inputs.has_lora, "rows with adapters need the LoRA state"
         lora_step = LoraStep(inputs, lora) if lora is not None and inputs.has_lora else None
@@ -127,9 +137,9 @@ class DecoderModel:
         for layer in self.layers:
             x, residual = layer(x, residual, attention, lora_step)
         assert residual is not None
-        x, residual = x[inputs.logit_tokens], residual[inputs.logit_tokens]
-        normed = torch.empty_like(x)
+        normed = x if hidden is None else hidden
         residual_rms_norm(x, residual, self.norm, self.spec.rms_norm_eps, normed, operands_ready=True)
+        normed = normed[inputs.logit_tokens]
         if out is None:
             return functional.linear(normed, self.lm_head).float()
         return torch.mm(normed, self.lm_head.t(), out=out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.prompt_reading import reading_for
 from engine.request import GenerationRequest, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import PlannedRow, StepPlan
@@ -11,7 +12,7 @@ from engine.sequence import Sequence
 from engine.settings import EngineSettings
 
 # What a row asks of the sampler does not matter for its result here, only that every part of it runs.
-_SAMPLING = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, logprobs=1)
+_SAMPLING = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, logprobs=1, prompt_logprobs=1)
 
 
 def rehearse(runner: Runner, settings: EngineSettings, max_model_len: int) -> None:
@@ -24,13 +25,15 @@ def rehearse(runner: Runner, settings: EngineSettings, max_model_len: int) -> No
     runner.kv = runner.model.new_kv_cache(-(-longest // settings.page_size), settings.page_size)
     for rows, length in shapes:
         pages = list(range(-(-(length + 1) // settings.page_size)))  # shared: what the rows read does not matter
+        requests = [GenerationRequest(f"{row}", (0,) * length, _SAMPLING) for row in range(rows)]
         sequences = [
-            Sequence(GenerationRequest(f"{row}", (0,) * length, _SAMPLING), row, length + 1, seed=row, pages=pages)
-            for row in range(rows)
+            Sequence(request, row, length + 1, seed=row, pages=pages, reading=reading_for(request))
+            for row, request in enumerate(requests)
         ]
         _run(runner, sequences, 0, length, decode=False)
         for sequence in sequences:
             sequence.read(0)
+            sequence.reading = None
         _run(runner, sequences[: settings.max_rows], length, length + 1, decode=True)
 
 

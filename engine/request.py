@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length", "abort"]
+Pooling = Literal["mean", "last"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # OpenAI's name
@@ -69,7 +70,8 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 keeps all. top_p in (0, 1]. min_p in [0, 1], relative to the most
     likely token. seed: None draws one. max_tokens: None fills the context. stop: strings, cut from the text.
-    logprobs: None for none, n >= 0 for the chosen token and the n likeliest, from the raw logits.
+    logprobs: None for none, n >= 0 for the chosen token and the n likeliest, from the raw logits. prompt_logprobs: the
+    same of the prompt's tokens; the prompt is computed whole then, whatever the prefix cache holds.
 
     What follows changes the logits before all of that, in this order. repetition_penalty: those of tokens in the prompt
     or generated are divided by it where positive, multiplied where negative (Keskar et al., "CTRL", 2019; as Hugging
@@ -88,6 +90,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -107,6 +110,11 @@ class SamplingParams:
             ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of non-empty strings"),
             ("stop_token_ids", _tuple_of(int, self.stop_token_ids), "a tuple of integers"),
             ("logprobs", self.logprobs is None or _integer(self.logprobs, 0, 20), "an integer between 0 and 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or _integer(self.prompt_logprobs, 0, 20),
+                "an integer between 0 and 20",
+            ),
             ("presence_penalty", _number(self.presence_penalty, -2.0, 2.0), "between -2 and 2"),
             ("frequency_penalty", _number(self.frequency_penalty, -2.0, 2.0), "between -2 and 2"),
             (
@@ -154,7 +162,9 @@ class GenerationRequest:
     caller resolved; other content is refused, never served. tenant: who is asking, for
     fairness among tenants; empty is the adapter's name. share: that tenant's part of the service from now on; None
     leaves it as the engine's settings say. api_token: with which the adapter's source showed it to the caller; the
-    engine itself has no use for it.
+    engine itself has no use for it. pooling: generate nothing, but answer with one embedding of the
+    prompt, the mean of its tokens' hidden states behind the last norm or the last token's; ``sampling`` means nothing
+    then.
     """
 
     request_id: str
@@ -165,6 +175,7 @@ class GenerationRequest:
     tenant: str = ""
     share: float | None = None
     api_token: str | None = field(default=None, repr=False)
+    pooling: Pooling | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON types) that crosses process borders."""
@@ -186,7 +197,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Raw (before temperature) natural-log probability of one generated token and of the likeliest ones.
+    """Raw (before temperature) natural-log probability of one token and of the likeliest ones in its place.
 
     ``text`` is the token decoded alone; ``top`` holds ``(token_id, logprob, text)``, likeliest first.
     """
@@ -195,6 +206,12 @@ class TokenLogprob:
     logprob: float
     text: str
     top: tuple[tuple[int, float, str], ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TokenLogprob:
+        """From an entry of ``GenerationChunk.to_dict``."""
+        top = tuple((token, value, text) for token, value, text in data["top"])
+        return cls(data["token_id"], data["logprob"], data["text"], top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +234,9 @@ class GenerationChunk:
 
     ``text`` never holds part of a stop string, and ends in a broken character only where the completion does.
     Counts are totals so far. ``stop_reason`` is the stop string or stop token id that ended it, None for
-    end-of-sequence or length. ``timings`` comes with the last chunk.
+    end-of-sequence or length. ``timings`` comes with the last chunk. ``prompt_logprobs``, where asked for, come with
+    the first one, for every token of the prompt; None is the first token's, which follows nothing. ``embedding``, where
+    asked for, is all that its one chunk brings: (hidden_size,), fp32 values, not normalised.
     """
 
     request_id: str
@@ -229,6 +248,8 @@ class GenerationChunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     timings: Timings | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    embedding: tuple[float, ...] | None = None
 
     def __add__(self, later: GenerationChunk) -> GenerationChunk:
         """This chunk and a later one of the same request as one."""
@@ -242,24 +263,34 @@ class GenerationChunk:
             later.finish_reason,
             later.stop_reason,
             later.timings,
+            self.prompt_logprobs + later.prompt_logprobs,
+            self.embedding or later.embedding,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON types) that crosses process borders."""
-        return asdict(self)
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # asdict copies leaf by leaf
+        for name in ("logprobs", "prompt_logprobs"):
+            values[name] = [None if p is None else _plain(p) for p in values[name]]
+        values["timings"] = None if self.timings is None else asdict(self.timings)
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GenerationChunk:
         """The inverse of ``to_dict``."""
         values = dict(data)
         values["token_ids"] = tuple(values["token_ids"])
-        values["logprobs"] = tuple(
-            TokenLogprob(p["token_id"], p["logprob"], p["text"], tuple((i, v, t) for i, v, t in p["top"]))
-            for p in values["logprobs"]
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            values[name] = tuple(None if p is None else TokenLogprob.from_dict(p) for p in values[name])
+        if values["embedding"] is not None:
+            values["embedding"] = tuple(values["embedding"])
         timings = values.get("timings")
         values["timings"] = None if timings is None else Timings(**timings)
         return cls(**values)
+
+
+def _plain(token: TokenLogprob) -> dict[str, Any]:
+    return {"token_id": token.token_id, "logprob": token.logprob, "text": token.text, "top": token.top}
 
 
 def check_length(
@@ -267,16 +298,18 @@ def check_length(
 ) -> int:
     """How many tokens, prompt and completion together, a request may come to in a context of ``limit`` tokens.
 
-    ``max_tokens`` None fills the context. ``param`` is what the client calls its prompt ("prompt", "messages"),
-    ``max_tokens_param`` what it calls max_tokens.
+    ``max_tokens`` None fills the context, 0 is a prompt alone. ``param`` is what the client calls its prompt
+    ("prompt", "messages"), ``max_tokens_param`` what it calls max_tokens.
     Raises InvalidRequest with the numbers for an empty prompt and for what does not fit.
     """
     if prompt_tokens == 0:
         raise InvalidRequest("the prompt has no tokens: send at least one", param)
-    if prompt_tokens >= limit:
+    least = 0 if max_tokens == 0 else 1
+    if prompt_tokens + least > limit:
+        included = ", completion included" if least else ""
         raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens but the context is {limit} tokens, completion included: "
-            f"shorten it by {prompt_tokens - limit + 1} or more",
+            f"the prompt has {prompt_tokens} tokens but the context is {limit} tokens{included}: "
+            f"shorten it by {prompt_tokens - limit + least} or more",
             param,
             CONTEXT_LENGTH_EXCEEDED,
         )

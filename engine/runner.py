@@ -13,6 +13,7 @@ from engine.batch import step_inputs
 from engine.changed_rows import ChangedRows
 from engine.flight import Flight
 from engine.model import DecoderModel
+from engine.prompt_reading import read_prompts
 from engine.scheduler import StepPlan
 from engine.step import Drawn, KVCache, LoraState
 from engine.step_graphs import StepGraphs
@@ -54,7 +55,7 @@ class Runner:
             self._drawn[: len(rows)].copy_(drawn.ids)
         if self.slots is not None:
             self.slots.step_done()
-        flight = Flight(rows, drawn)
+        flight = Flight(rows, drawn, read_prompts(plan, drawn.hidden, self.model.lm_head))
         places = iter(drawn.places)
         for row in plan.rows:
             row.sequence.launched(row.end, next(places) if row.samples else None)
@@ -74,5 +75,8 @@ class Runner:
         inputs, sampling = step_inputs(plan, self.kv.page_size, self.model.device, self._drawn)
         if always_lora and self.lora is not None:
             inputs = replace(inputs, num_lora_rows=inputs.num_decode_rows, has_lora=True)
-        logits = self.model.forward(inputs, self.kv, self.lora)
-        return Drawn(*sampling.draw(logits, self.changed.state), logits, range(logits.shape[0]))
+        hidden = self.model.new_hidden(plan.num_tokens)
+        logits = self.model.forward(inputs, self.kv, self.lora, hidden=hidden)
+        return Drawn(
+            *sampling.draw(logits, self.changed.state), logits, hidden[plan.num_decode :], range(logits.shape[0])
+        )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """Tokens ``start`` up to ``end`` of one sequence. ``samples``: they are its last, so the next is drawn."""
+    """Tokens ``start`` up to ``end`` of one sequence. ``samples``: they are its last, and the next is drawn."""
 
     sequence: Sequence
     start: int
@@ -177,7 +177,8 @@ class Scheduler:
         if budget <= 0 or not (ready or self.assignment is None or self.assignment.ready(sequence)):
             return 0
         end = min(len(sequence.tokens), sequence.computed + budget)
-        rows.append(PlannedRow(sequence, sequence.computed, end, samples=end == len(sequence.tokens)))
+        draws = end == len(sequence.tokens) and sequence.request.pooling is None
+        rows.append(PlannedRow(sequence, sequence.computed, end, samples=draws))
         return end - sequence.computed
 
     def _admit(self, rows: list[PlannedRow], budget: int) -> None:
@@ -211,8 +212,8 @@ class Scheduler:
 
     def _reuse(self, sequence: Sequence) -> None:
         """Give it the pages that hold what its tokens begin with. Two tokens are left to compute at least: one alone
-        would look like a row that decodes."""
-        if self.prefix_cache:
+        would look like a row that decodes. And all of a prompt that is read whole."""
+        if self.prefix_cache and not (sequence.reading is not None and sequence.reading.whole_prompt):
             size = self.pages.page_size
             most = max(len(sequence.tokens) - 2, 0) // size
             extend_keys(sequence.page_keys, sequence.digest, sequence.tokens, most, size)

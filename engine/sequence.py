@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from adapter_store.slots import Slot
     from engine.grammar import GrammarState
     from engine.output import OutputQueue
+    from engine.prompt_reading import PromptReading
     from engine.request import GenerationRequest
     from engine.text_stream import OutputText
 
@@ -23,7 +24,8 @@ class Sequence:
     """A request's tokens and what it holds. Touched by the step loop's thread only.
 
     arrival: grows with every request; decides order. max_tokens: prompt and completion together. seed: of its draws.
-    text: the visible text, None for a model without a tokenizer. queue: where results go.
+    text: the visible text, None for a model without a tokenizer. queue: where results go. reading: what its prompt is
+    still read for; None for nothing.
     adapter: its weights in host memory; None for the base model, and while a slot holds them already.
     digest: the adapter that its slot must hold; None for the base model, and until an adapter's name is resolved.
     tenant: whose service it counts as: who asks, or the adapter's name where nobody says.
@@ -47,6 +49,7 @@ class Sequence:
     seed: int
     text: OutputText | None = None
     queue: OutputQueue | None = None
+    reading: PromptReading | None = None
     adapter: PackedAdapter | None = None
     digest: str | None = None
     tenant: str = field(init=False)
@@ -93,8 +96,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether only the last token is still to be computed."""
-        return 0 < self.computed == len(self.tokens) - 1
+        """Whether only the last token is still to be computed, to draw the next."""
+        return 0 < self.computed == len(self.tokens) - 1 and self.request.pooling is None
 
     @property
     def full(self) -> bool:
@@ -120,6 +123,11 @@ class Sequence:
         self.known += 1
         if self.known == len(self.tokens):
             self.awaited = -1
+
+    def land(self) -> bool:
+        """What was read of its prompt, if anything, is complete; returns False when that is not finite."""
+        reading, self.reading = self.reading, None
+        return reading is None or reading.land()
 
     @property
     def lora_index(self) -> int:

@@ -38,12 +38,14 @@ class Drawn:
     """What a step drew, for each row whose logits were computed: ids (O,) int64, their raw log probabilities (O,) fp32,
     NaN where a row's logits are of no use, and the logits (O, vocab_size). Valid until the next step is launched.
 
-    places: where in them each row that draws a token is, in the plan's order.
+    hidden: (tokens, hidden_size) of the chunks of prompts, one after the other, behind the last norm, or more.
+    places: where in the first three each row that draws a token is, in the plan's order.
     """
 
     ids: Tensor
     logprobs: Tensor
     logits: Tensor
+    hidden: Tensor
     places: Sequence[int]
 
 

@@ -65,6 +65,7 @@ class StepGraphs:
         self._shapes = sorted(shapes, key=lambda shape: (shape.prefill_tokens, shape.decode_rows))
         most = max(shape.rows for shape in shapes)
         self._logits = torch.empty((most, model.spec.vocab_size), dtype=model.dtype, device=model.device)
+        self._hidden = model.new_hidden(max(shape.tokens for shape in shapes))
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._static: dict[StepShape, StaticInputs] = {}
         self._steps: dict[tuple[StepShape, int], _Step] = {}
@@ -95,9 +96,10 @@ class StepGraphs:
         places = [place for place, row in zip(shape.places(plan), plan.rows, strict=True) if row.samples]
         if step.graph is None:
             ids, logprobs = self._step(static, step.inputs, step.sampling)
-            return Drawn(ids, logprobs, self._logits[: shape.rows], places)
-        step.graph.replay()
-        return Drawn(step.ids, step.logprobs, self._logits[: shape.rows], places)
+        else:
+            step.graph.replay()
+            ids, logprobs = step.ids, step.logprobs
+        return Drawn(ids, logprobs, self._logits[: shape.rows], self._hidden[shape.decode_rows :], places)
 
     def _level(self, plan: StepPlan, shape: StepShape) -> int:
         if not plan.has_lora:
@@ -129,7 +131,10 @@ class StepGraphs:
     def _step(self, static: StaticInputs, inputs: StepInputs, sampling: SamplingInputs) -> tuple[Tensor, Tensor]:
         rows = inputs.logit_tokens.shape[0]
         token_ids = with_drawn(inputs.token_ids, static.views["awaited"], self._drawn)
-        self.model.forward(replace(inputs, token_ids=token_ids), self.kv, self.lora, out=self._logits[:rows])
+        inputs = replace(inputs, token_ids=token_ids)
+        # Always, so that the others of a step are computed alike whether or not a row asks for them.
+        hidden = self._hidden[: len(token_ids)]
+        self.model.forward(inputs, self.kv, self.lora, out=self._logits[:rows], hidden=hidden)
         ids, logprobs = sampling.draw(self._logits[:rows], self.changes)
         self._drawn[:rows].copy_(ids)
         return ids, logprobs

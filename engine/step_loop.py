@@ -68,7 +68,7 @@ class StepLoop:
                 settings.download_threads,
                 self._post,
                 self._scheduler.add,
-                self._fail,
+                self._close,
             )
             assert self._scheduler.assignment is not None
             to_slot = self._scheduler.assignment.to_slot
@@ -246,12 +246,16 @@ class StepLoop:
         landing, self._flight = self._flight, None
         if plan.rows:
             self._flight = self.parts.runner.launch(plan)
+            for sequence in self._flight.pooled:
+                self._scheduler.remove(sequence)  # whatever takes its room comes after this step
         self.meter.launched(plan, started)
         if landing is not None:
             drawn = landing.read()
             self.meter.landed(landing.rows, time.monotonic())
             for row, sampled in zip(landing.rows, drawn, strict=True):
                 self._advance(row.sequence, sampled)
+            for sequence in landing.pooled:
+                self._pooled(sequence)
             self._follow_grammars([row.sequence for row in landing.rows if not row.sequence.finished])
         self.meter.last_step_seconds = time.monotonic() - started
 
@@ -263,8 +267,8 @@ class StepLoop:
         if sequence.finished:
             return
         token = sampled.token_id
-        if token is None:
-            self._fail(sequence, not_finite(sequence))
+        if token is None or not sequence.land():
+            self._close(sequence, not_finite(sequence))
             return
         sequence.read(token)
         if sequence.grammar is not None:
@@ -283,12 +287,15 @@ class StepLoop:
             stop,
             None if reason is None else timings(sequence, sequence.drawn_at),
         )
-        assert sequence.queue is not None
-        self._outbox.add(sequence.queue, chunk)
         if reason is not None:
-            self._scheduler.remove(sequence)
-            sequence.finished = True
-            self._forget(sequence)
+            self._close(sequence, chunk)
+        elif sequence.queue is not None:
+            self._outbox.add(sequence.queue, chunk)
+
+    def _pooled(self, sequence: Sequence) -> None:
+        """Hand out an embedding: its only chunk. ``Engine.generate`` puts in what was read."""
+        if not sequence.finished:
+            self._close(sequence, _empty(sequence, "stop") if sequence.land() else not_finite(sequence))
 
     def _follow_grammars(self, sequences: list[Sequence]) -> None:
         """See what may come next in those that follow a grammar, while the device works on other rows."""
@@ -308,7 +315,7 @@ class StepLoop:
         assert sequence.grammar is not None
         error = sequence.grammar.error
         if error is not None and not sequence.finished:
-            self._fail(sequence, InvalidRequest(f"the grammar cannot be followed on: {error}", "grammar"))
+            self._close(sequence, InvalidRequest(f"the grammar cannot be followed on: {error}", "grammar"))
 
     def _finish_check(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
         """(text that the token brought, why the sequence is finished or None, what stopped it)."""
@@ -346,24 +353,18 @@ class StepLoop:
     def _abort(self, sequence: Sequence) -> None:
         if sequence.finished:
             return
-        if self._loads is None or not self._loads.drop(sequence):
-            self._scheduler.remove(sequence)
-        sequence.finished = True
-        self._forget(sequence)
-        assert sequence.queue is not None
-        counts = (sequence.prompt_tokens, sequence.completion_tokens)
-        spent = timings(sequence, time.monotonic())
-        chunk = GenerationChunk(sequence.request.request_id, "", (), *counts, finish_reason="abort", timings=spent)
-        self._outbox.add(sequence.queue, chunk)
+        if self._loads is not None:
+            self._loads.drop(sequence)
+        self._close(sequence, _empty(sequence, "abort"))
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one request with an error; the others go on."""
-        if self._scheduler.has(sequence):  # not one whose adapter could not be loaded
+    def _close(self, sequence: Sequence, last: GenerationChunk | Exception) -> None:
+        """End one request with its last chunk or an error; the others go on."""
+        if self._scheduler.has(sequence):  # not an embedding under way, nor one whose adapter is not here
             self._scheduler.remove(sequence)
         sequence.finished = True
         self._forget(sequence)
         assert sequence.queue is not None
-        self._outbox.add(sequence.queue, error)
+        self._outbox.add(sequence.queue, last)
 
     def _end(self, error: EngineDead) -> None:
         with self._wake:
@@ -392,3 +393,8 @@ class StepLoop:
         with self._wake:
             self._inbox.append(message)
             self._wake.notify()
+
+
+def _empty(sequence: Sequence, reason: FinishReason) -> GenerationChunk:
+    ids, counts = (sequence.request.request_id, "", ()), (sequence.prompt_tokens, sequence.completion_tokens)
+    return GenerationChunk(*ids, *counts, finish_reason=reason, timings=timings(sequence, time.monotonic()))

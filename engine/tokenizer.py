@@ -118,6 +118,10 @@ class Tokenizer:
         """Text of the tokens; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def spelled(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them, such as ``Ġthe``; nothing for an id that it does not hold."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
+
     def token_text(self, token_id: int) -> str:
         """One token decoded alone, special or not: how log probabilities name it."""
         text = self._token_texts.get(token_id)

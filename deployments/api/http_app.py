@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from adapter_store.errors import AdapterError
 from deployments.api import sse
 from deployments.api.body_limit import BodyLimit
+from deployments.api.embeddings import add_embedding_routes
 from deployments.api.explain import explain
 from deployments.api.generation import Generation
 from deployments.api.lorax import add_lorax_routes
@@ -23,13 +24,14 @@ from deployments.api.openapi import GENERATES, answers, describe_events
 from deployments.api.rendering import events, whole
 from deployments.api.request_id import HEADER, RequestId, current_request_id
 from deployments.api.service import CompletionService
+from deployments.api.tokenize import add_tokenize_routes
 from deployments.protocol.answers import ChatAnswer, ChatEvent, CompletionAnswer, Health, ModelList, ModelObject
 from deployments.protocol.chat import ChatBody
 from deployments.protocol.completions import CompletionBody
-from deployments.protocol.errors import ApiError, from_validation
+from deployments.protocol.errors import ApiError, ReplicaLost, from_validation
 from deployments.tenants.authentication import Keys, add_guard
 from deployments.tenants.caller import Caller, CallerOf
-from engine.request import InvalidRequest
+from engine.request import EngineOverloaded, GenerationFailed, InvalidRequest
 
 
 def create_http_app(
@@ -73,6 +75,9 @@ def create_http_app(
     async def chat_completions(body: ChatBody, caller: CallerOf) -> Response:
         return await _respond(service, body, caller)
 
+    add_embedding_routes(app, service)
+    add_tokenize_routes(app, service)
+
     @app.exception_handler(RequestValidationError)
     async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
         return _envelope(from_validation(error.errors()))
@@ -96,7 +101,7 @@ def create_http_app(
         return response
 
     describe_events(app, ChatEvent, StreamedToken)
-    for kind in (ApiError, InvalidRequest, AdapterError):
+    for kind in (ApiError, InvalidRequest, AdapterError, EngineOverloaded, GenerationFailed, ReplicaLost):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(Exception, failed)
     add_lorax_routes(app, service)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -29,8 +29,11 @@ from deployments.protocol.models import model_list, model_object
 from deployments.tenants.admission import Admission, Admissions
 from deployments.tenants.caller import Caller
 from engine.grammar import check_grammar
-from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, SamplingParams, check_length
+from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, Pooling, SamplingParams, check_length
+from engine.spec import ModelSpec
 from engine.tokenizer import Tokenizer
+
+Begin = Callable[[RequestRecord, Admission], Awaitable[Generation]]
 
 CLIENT_LEFT = 499  # what is told of a request whose client did not wait for an answer
 
@@ -80,6 +83,7 @@ class CompletionService:
         self.tokenizer = Tokenizer.from_dir(model_folder)
         self._generator = generator
         self.max_model_len = max_model_len
+        self.spec = ModelSpec.from_dir(model_folder)
         self.limits = limits or ServiceLimits()
         self._telemetry = telemetry or Telemetry()
         self.admissions = admissions or Admissions()
@@ -92,11 +96,15 @@ class CompletionService:
 
         Raises ApiError, InvalidRequest, EngineOverloaded, an AdapterError or ReplicaLost; nothing runs on then.
         """
-        record = self._telemetry.begin(whole=not stream)
+        return await self.begun(caller, partial(self._start, body, caller), whole=not stream)
+
+    async def begun(self, caller: Caller, begin: Begin, *, whole: bool) -> Generation:
+        """What ``begin`` begins, let in and recorded from before it until its end. Raises as ``start`` does."""
+        record = self._telemetry.begin(whole=whole)
         record.tenant = caller.tenant.name
         try:
             async with self.admissions.admitted(caller) as admission:
-                generation = await self._start(body, record, caller, admission)
+                generation = await begin(record, admission)
         except asyncio.CancelledError:
             self._telemetry.end(record, CLIENT_LEFT)
             raise
@@ -114,7 +122,7 @@ class CompletionService:
         return generation
 
     async def _start(
-        self, body: CompletionBody | ChatBody, record: RequestRecord, caller: Caller, admission: Admission
+        self, body: CompletionBody | ChatBody, caller: Caller, record: RequestRecord, admission: Admission
     ) -> Generation:
         sampling = body.sampling_params()
         n = body.candidates
@@ -130,9 +138,7 @@ class CompletionService:
                 "logit_bias",
                 f"logit_bias names token {unknown[0]} but {self.tokenizer.name} has {self.tokenizer.vocab_size}",
             )
-        adapter, prompts = await asyncio.gather(
-            self._resolve(body.model, record, caller), self.directory.in_text_pool(self._prompts, body)
-        )
+        adapter, prompts = await asyncio.gather(self.resolve(body.model, caller, record), self.encode(body))
         if (wanted := body.wanted()) is not None:
             await self.directory.in_text_pool(partial(check_grammar, wanted.grammar, wanted.param))
         lengths = [
@@ -152,19 +158,9 @@ class CompletionService:
         streams: list[AsyncGenerator[GenerationChunk]] = []
         for number, prompt in enumerate(prompts):
             for sample in range(n):
-                request = GenerationRequest(
-                    request_id=f"{request_id}-{number * n + sample}",
-                    prompt_token_ids=tuple(prompt),
-                    sampling=_nth_sample(sampling, sample),
-                    adapter=None if adapter is None else str(adapter.ref),
-                    adapter_digest=None if adapter is None else adapter.digest,
-                    tenant=caller.counts_as(body.user),
-                    share=caller.tenant.weight,
-                    api_token=caller.api_token
-                    if AdapterRef.is_meant(body.model)
-                    else None,  # not for the operator's names
-                )
-                streams.append(self._recorded(request, body.model, caller, record))
+                place, chosen = f"{request_id}-{number * n + sample}", _nth_sample(sampling, sample)
+                request = row(place, prompt, adapter, caller, body.user, sampling=chosen)
+                streams.append(self.recorded(request, body.model, caller, record))
         echoes = (
             await self.directory.in_text_pool(self._echoes, body)
             if isinstance(body, CompletionBody) and body.echo
@@ -191,6 +187,10 @@ class CompletionService:
             raise invalid(wanted.param, str(error), code=error.code) from error  # what the client calls it
         return generation
 
+    async def encode(self, body: CompletionBody | ChatBody) -> list[list[int]]:
+        """The token ids that each of its prompts is. Raises InvalidRequest."""
+        return await self.directory.in_text_pool(self._prompts, body)
+
     async def models(self, caller: Caller) -> dict[str, Any]:
         """The base model and every adapter that has a name, as OpenAI's list, as far as the caller may use them."""
         names = await self.directory.names_for(caller)
@@ -206,9 +206,10 @@ class CompletionService:
         """Give threads and connections back."""
         self.directory.close()
 
-    async def _recorded(
+    async def recorded(
         self, request: GenerationRequest, model: str, caller: Caller, record: RequestRecord
     ) -> AsyncGenerator[GenerationChunk]:
+        """The chunks of one row."""
         try:
             async with aclosing(self._generate(request, model, caller, record)) as chunks:
                 async for chunk in chunks:
@@ -240,7 +241,8 @@ class CompletionService:
             async for chunk in chunks:
                 yield chunk
 
-    async def _resolve(self, model: str, record: RequestRecord, caller: Caller) -> ResolvedAdapter | None:
+    async def resolve(self, model: str, caller: Caller, record: RequestRecord) -> ResolvedAdapter | None:
+        """The content that a model's name means to the caller; None for the base model."""
         adapter = await self.directory.resolve(model, caller)
         record.model = MARK if Merge.is_meant(model) else model  # clients make up as many merges as they like
         record.adapter = "" if adapter is None else adapter.digest
@@ -260,6 +262,31 @@ class CompletionService:
 
     def _adapter_object(self, name: str) -> dict[str, Any]:
         return model_object(name, self._started, root=name, parent=self.base_model)
+
+
+def row(
+    request_id: str,
+    prompt: Sequence[int],
+    adapter: ResolvedAdapter | None,
+    caller: Caller,
+    user: str | None,
+    *,
+    sampling: SamplingParams | None = None,
+    pooling: Pooling | None = None,
+) -> GenerationRequest:
+    """What an engine is asked, for this caller. user: OpenAI's field."""
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling or SamplingParams(),
+        adapter=None if adapter is None else str(adapter.ref),
+        adapter_digest=None if adapter is None else adapter.digest,
+        tenant=caller.counts_as(user),
+        share=caller.tenant.weight,
+        # Not for the operator's names, whose sources are not the caller's.
+        api_token=caller.api_token if adapter is not None and AdapterRef.is_meant(adapter.name) else None,
+        pooling=pooling,
+    )
 
 
 def _content_hash(model_folder: Path) -> str:

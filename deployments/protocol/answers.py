@@ -175,3 +175,42 @@ class ChatEvent(_Shape):
     system_fingerprint: str
     choices: list[DeltaChoice]
     usage: Usage | None = None
+
+
+class Embedding(_Shape):
+    """Of one input. embedding: as text where base64 was asked for."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(_Shape):
+    """Tokens, over all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(_Shape):
+    """One embedding for each input, in order."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokens(_Shape):
+    """What a prompt is to the model. token_strs: where asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TokensText(_Shape):
+    """The text of tokens."""
+
+    prompt: str

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from deployments.protocol.common import _UNSUPPORTED, GenerationBody
 from deployments.protocol.errors import invalid
+from deployments.protocol.prompts import Prompts, each_prompt
 from engine.request import SamplingParams, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's default for this endpoint
-
-
-_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-_Prompts = str | Annotated[list[str], Field(min_length=1)] | _Ids | Annotated[list[_Ids], Field(min_length=1)]
-
-
-def _prompt(value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value) or _is_ids(value):
-            return value
-        if all(isinstance(item, list) and item and _is_ids(item) for item in value):
-            return value
-    kinds = "a string, a list of strings, a list of token ids or a list of lists of token ids"
-    raise PydanticCustomError("prompt", f"must be {kinds}, and no list may be empty")
-
-
-def _is_ids(value: list[Any]) -> bool:
-    return all(type(item) is int and 0 <= item < 2**31 for item in value)
 
 
 class CompletionBody(GenerationBody):
@@ -40,9 +20,7 @@ class CompletionBody(GenerationBody):
 
     unsupported_fields = {**_UNSUPPORTED, "suffix": ("",)}  # noqa: RUF012
 
-    prompt: Annotated[
-        str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt, json_schema_input_type=_Prompts)
-    ]
+    prompt: Prompts
     echo: bool | None = Field(None, description="Put the prompt before each completion.")
     best_of: int | None = Field(None, ge=1, description="Make so many of each prompt and answer with the n likeliest.")
     logprobs: int | None = Field(None, description="Log probabilities of that many likeliest tokens, 0 to 20.")
@@ -68,11 +46,7 @@ class CompletionBody(GenerationBody):
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt, as text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[item for item in self.prompt if isinstance(item, int)]]
-        return [item for item in self.prompt if not isinstance(item, int)]
+        return each_prompt(self.prompt)
 
     def sampling_params(self) -> SamplingParams:
         """The engine's parameters. Raises InvalidRequest naming the field that is out of range."""

@@ -54,7 +54,7 @@ class Adapters:
 
 class _Flight:
     def __init__(self, rows: Rows[PlannedRow]) -> None:
-        self.rows = rows
+        self.rows, self.pooled = rows, ()
 
     def read(self) -> list[SampledToken]:
         return [SampledToken(7 + row.end % 50) for row in self.rows]

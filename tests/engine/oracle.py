@@ -86,6 +86,12 @@ class TinyModel:
         with torch.inference_mode():
             return self._adapted(adapter, dtype)(torch.tensor([tokens])).logits[0].float()
 
+    def hidden(self, tokens: Sequence[int], adapter: TinyAdapter | None = None) -> Tensor:
+        """fp32 hidden states of every position behind the last norm, ``(len(tokens), hidden_size)``."""
+        with torch.inference_mode():
+            model = self._adapted(adapter, torch.float32)
+            return model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0]
+
     def _adapted(self, adapter: TinyAdapter | None, dtype: torch.dtype) -> Any:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM

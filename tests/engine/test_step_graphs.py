@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from adapter_store.slots import Slot
 from engine.changed_rows import ChangedRows
 from engine.flight import SampledToken
+from engine.prompt_reading import reading_for
 from engine.request import GenerationRequest, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import PlannedRow, StepPlan
@@ -109,6 +111,21 @@ def test_captured_steps_draw_what_the_others_draw(served: Served, count: int) ->
             assert want.logprob == pytest.approx(have.logprob, abs=2e-5)
             assert [token for token, _ in want.top] == [token for token, _ in have.top]
     assert [one.tokens for one in got] == [one.tokens for one in expected]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_reading_a_prompt_changes_no_bit_of_what_the_step_draws(served: Served, captured: bool) -> None:
+    def draws(prompt_logprobs: int | None) -> list[SampledToken]:
+        rows = Rows(served, [4], [StepShape(4, 8, 32)]) if captured else Rows(served, None)
+        decoding = mixed(rows, 2)
+        asks = rows.sequence(7, 12, served.adapters[0], replace(DRAWN, prompt_logprobs=prompt_logprobs))
+        beside = rows.sequence(8, 9, served.adapters[1], GREEDY)
+        asks.reading = reading_for(asks.request)
+        drawn = [*rows.step(decoding, [(asks, 7), (beside, 9)]), *rows.step(decoding, [(asks, 12)])]
+        assert (asks.reading is not None and asks.reading.land()) == (prompt_logprobs is not None)
+        return drawn
+
+    assert draws(3) == draws(None)
 
 
 def test_lora_is_launched_for_none_for_few_or_for_all_rows(served: Served) -> None:
