@@ -121,10 +121,9 @@ class LoraxRendering:
     def _prefill(self, chunk: GenerationChunk) -> list[dict[str, Any]]:
         if not self._asked.decoder_input_details:
             return []
-        read: Sequence[TokenLogprob | None] = getattr(chunk, "prompt_logprobs", ())
         return [
             {"id": id_, "text": self._tokenizer.token_text(id_), "logprob": None if one is None else one.logprob}
-            for id_, one in zip(self._prompt, read, strict=True)
+            for id_, one in zip(self._prompt, chunk.prompt_logprobs, strict=True)
         ]
 
     def _tokens(self) -> Tokens:

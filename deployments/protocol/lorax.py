@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -219,13 +219,7 @@ class LoraxCompletion(CompletionBody):
     def sampling_params(self) -> SamplingParams:
         """See ``GenerationBody``. No more tokens than asked for, and no fewer than fit."""
         params = self.sampling(max_tokens=self.max_tokens, logprobs=self.logprobs)
-        if not self.asked.decoder_input_details:
-            return params
-        if not any(entry.name == "prompt_logprobs" for entry in fields(SamplingParams)):
-            raise unsupported(
-                "parameters.decoder_input_details", "decoder_input_details is not supported: leave it out"
-            )
-        return replace(params, **{"prompt_logprobs": 0})
+        return replace(params, prompt_logprobs=0) if self.asked.decoder_input_details else params
 
 
 #: Our errors as LoRAX says them: the first row that fits. (our codes, our statuses, LoRAX's status, its error_type)

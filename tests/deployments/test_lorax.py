@@ -15,7 +15,7 @@ from lorax import AsyncClient, Client, MergedAdapters
 from deployments.api.http_app import create_http_app
 from deployments.protocol.errors import ApiError, ReplicaLost
 from deployments.protocol.lorax import Parameters, lorax_error
-from engine.request import EngineOverloaded, GenerationFailed, SamplingParams
+from engine.request import EngineOverloaded, GenerationFailed
 from examples.demo.words import answer
 
 from .conftest import BASE_MODEL
@@ -332,9 +332,6 @@ async def test_a_response_that_is_never_read_ends_its_generation(http, engine):
 
 async def test_the_prompts_own_tokens_are_told(http, service):
     response = await generate(http, decoder_input_details=True, max_new_tokens=2)
-    if not hasattr(SamplingParams(), "prompt_logprobs"):  # an engine that does not read prompts says so
-        assert error_of(response)[:2] == (422, "validation")
-        return
     prefill = response.json()["details"]["prefill"]
     assert [token["id"] for token in prefill] == service.tokenizer.encode(PROMPT)
     assert prefill[0]["logprob"] is None
