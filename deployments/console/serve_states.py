@@ -40,4 +40,4 @@ class ServeStates:
             return
         application = status.applications.get(self._app_name)
         found = None if application is None else application.deployments.get(self._deployment)
-        self._known = {} if found is None else {state.value: count for state, count in found.replica_states.items()}
+        self._known = {} if found is None else {str(state): count for state, count in found.replica_states.items()}

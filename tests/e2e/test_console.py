@@ -71,6 +71,7 @@ async def asking_for(page: Page, **more: object) -> None:
 async def test_a_request_is_on_the_page_within_two_seconds(page: Page, server):
     await expect(page.locator(".replica")).to_have_count(2)
     await expect(page.locator("#versions")).to_contain_text("torch")
+    await expect(page.locator(".tile", has_text="Replicas")).to_contain_text("2 running", timeout=60_000)
     seconds = []
     async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
         for name in ("console-one", "console-two", "console-three"):
