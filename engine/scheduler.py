@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from engine.fairness import TokenCounters, TokenWeights
@@ -33,6 +32,7 @@ class PlannedRow:
 class StepPlan:
     """One step: ``num_decode`` rows of one token each, then prefill chunks.
 
+    held: a row, or the first that waits, was left out because its grammar's next mask was not there.
     reload: sequences that relied on a slot which another adapter took before they ran. They are not queued any more:
     bring their adapter to host memory and ``add`` them again.
     """
@@ -40,6 +40,7 @@ class StepPlan:
     rows: tuple[PlannedRow, ...]
     num_decode: int
     reload: tuple[Sequence, ...] = ()
+    held: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +100,8 @@ class Scheduler:
             self.assignment = SlotAssignment(slots, self.waiting, self.running, max_overtakes, let_go)
         self.preemptions = 0
         self.reused_tokens = 0
+        # Masks are made by other threads: whether one was late is asked once a step, and remembered.
+        self._held = False
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose adapter, if any, is in host memory or in a slot."""
@@ -107,11 +110,6 @@ class Scheduler:
     def has(self, sequence: Sequence) -> bool:
         """Whether it is running or queued."""
         return sequence in self.running or sequence in self.waiting
-
-    @property
-    def held(self) -> bool:
-        """Whether a row, or the first that waits, only waits for what its grammar allows."""
-        return any(one.held for one in (*self.running, *islice(self.waiting.ordered(), 1)))
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not; its pages, its slot reference and its host copy are free at once."""
@@ -123,6 +121,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; without rows when there is nothing to do."""
+        self._held = False
         if self.assignment is not None:
             self.assignment.begin_step()
         for sequence in self.running:
@@ -139,7 +138,7 @@ class Scheduler:
                 budget -= self._add_chunk(prefill, sequence, budget)
         self._admit(prefill, budget)
         first = next((sequence for sequence in self.running if not sequence.decoding), None)
-        if not decode and not prefill and first is not None and not any(sequence.held for sequence in self.running):
+        if not decode and not prefill and first is not None and not self._held:
             # Every row waits for its adapter's copy: let the device wait for the first, there is nothing else to do.
             assert self.slots is not None
             assert first.slot is not None
@@ -151,7 +150,7 @@ class Scheduler:
         reload: tuple[Sequence, ...] = ()
         if self.assignment is not None:
             reload = self.assignment.look_ahead()
-        return StepPlan((*decode, *prefill), len(decode), reload)
+        return StepPlan((*decode, *prefill), len(decode), reload, self._held)
 
     def _mixed_budget(self, decoding: int) -> int:
         """Prefill tokens beside so many decoding rows. A step is as slow for them as its prefill is long, and as long
@@ -162,7 +161,7 @@ class Scheduler:
 
     def _decode_rows(self) -> Iterator[PlannedRow]:
         for sequence in list(self.running):
-            if not sequence.decoding or sequence.full or sequence.held:
+            if not sequence.decoding or sequence.full or self._holds(sequence):
                 continue
             while not self.pages.extend(sequence.pages, len(sequence.tokens)):
                 last = self.running[-1]
@@ -172,13 +171,18 @@ class Scheduler:
             else:
                 yield PlannedRow(sequence, sequence.computed, len(sequence.tokens), samples=True)
 
+    def _holds(self, sequence: Sequence) -> bool:
+        held = sequence.held
+        self._held |= held
+        return held
+
     def _add_chunk(self, rows: list[PlannedRow], sequence: Sequence, budget: int, *, ready: bool = False) -> int:
         """Plan as much of the sequence's prefill as the budget allows; returns the tokens that takes."""
         if budget <= 0 or not (ready or self.assignment is None or self.assignment.ready(sequence)):
             return 0
         end = min(len(sequence.tokens), sequence.computed + budget)
-        draws = end == len(sequence.tokens) and sequence.request.pooling is None
-        rows.append(PlannedRow(sequence, sequence.computed, end, samples=draws))
+        samples = end == len(sequence.tokens) and sequence.draws
+        rows.append(PlannedRow(sequence, sequence.computed, end, samples=samples))
         return end - sequence.computed
 
     def _admit(self, rows: list[PlannedRow], budget: int) -> None:
@@ -187,7 +191,7 @@ class Scheduler:
             return
         passed: list[Sequence] = []
         for sequence in self.waiting.ordered():
-            if sequence.awaited >= 0 or sequence.held:
+            if sequence.awaited >= 0 or self._holds(sequence):
                 return  # preempted in this very step: its last token is not read yet, and nobody may pass it
             if self.assignment is not None and not self.assignment.take(sequence):
                 passed.append(sequence)

@@ -238,7 +238,7 @@ class StepLoop:
         """Launch the next step, then read the one before it: the device has work while its results are handed out."""
         started = time.monotonic()
         plan = self._scheduler.plan()
-        stuck = not plan.rows and not self._flight and self._scheduler.waiting and not self._scheduler.held
+        stuck = not plan.rows and not self._flight and self._scheduler.waiting and not plan.held
         assert not stuck, "requests wait although nothing runs"
         for sequence in plan.reload:
             assert self._loads is not None
@@ -246,7 +246,7 @@ class StepLoop:
         landing, self._flight = self._flight, None
         if plan.rows:
             self._flight = self.parts.runner.launch(plan)
-            for sequence in self._flight.pooled:
+            for sequence in self._flight.undrawn:
                 self._scheduler.remove(sequence)  # whatever takes its room comes after this step
         self.meter.launched(plan, started)
         if landing is not None:
@@ -254,8 +254,8 @@ class StepLoop:
             self.meter.landed(landing.rows, time.monotonic())
             for row, sampled in zip(landing.rows, drawn, strict=True):
                 self._advance(row.sequence, sampled)
-            for sequence in landing.pooled:
-                self._pooled(sequence)
+            for sequence in landing.undrawn:
+                self._end_undrawn(sequence)
             self._follow_grammars([row.sequence for row in landing.rows if not row.sequence.finished])
         self.meter.last_step_seconds = time.monotonic() - started
 
@@ -292,10 +292,11 @@ class StepLoop:
         elif sequence.queue is not None:
             self._outbox.add(sequence.queue, chunk)
 
-    def _pooled(self, sequence: Sequence) -> None:
-        """Hand out an embedding: its only chunk. ``Engine.generate`` puts in what was read."""
+    def _end_undrawn(self, sequence: Sequence) -> None:
+        """Hand out the only chunk of a request that draws nothing. ``Engine.generate`` puts in what was read."""
         if not sequence.finished:
-            self._close(sequence, _empty(sequence, "stop") if sequence.land() else not_finite(sequence))
+            last = _empty(sequence, "length" if sequence.request.pooling is None else "stop")
+            self._close(sequence, last if sequence.land() else not_finite(sequence))
 
     def _follow_grammars(self, sequences: list[Sequence]) -> None:
         """See what may come next in those that follow a grammar, while the device works on other rows."""
@@ -359,7 +360,7 @@ class StepLoop:
 
     def _close(self, sequence: Sequence, last: GenerationChunk | Exception) -> None:
         """End one request with its last chunk or an error; the others go on."""
-        if self._scheduler.has(sequence):  # not an embedding under way, nor one whose adapter is not here
+        if self._scheduler.has(sequence):  # not one that draws no token and is under way, nor one still loading
             self._scheduler.remove(sequence)
         sequence.finished = True
         self._forget(sequence)

@@ -19,6 +19,7 @@ import pytest
 from engine.engine import Engine
 from engine.grammar import GrammarState
 from engine.request import GenerationChunk, GenerationRequest, Grammar, InvalidRequest, SamplingParams
+from engine.scheduler import Scheduler, StepPlan
 from engine.settings import EngineSettings
 from engine.step_shapes import step_shapes
 from tests.engine.changes import DEMO, PERSON, changed, greedy_with, penalised_requests, say
@@ -251,19 +252,33 @@ async def test_a_grammar_that_takes_its_time_holds_up_nobody(demo: Engine, monke
     assert demo.stats().running == 0
 
 
-async def test_rows_whose_masks_are_late_are_preempted_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    look_ahead = GrammarState.look_ahead
+@pytest.mark.parametrize("meanwhile", [False, True])
+async def test_rows_whose_masks_are_late_are_preempted_and_come_back(
+    monkeypatch: pytest.MonkeyPatch, *, meanwhile: bool
+) -> None:
+    """meanwhile: masks for which a step found nothing to do are there as soon as that is found."""
+    look_ahead, plan_step = GrammarState.look_ahead, Scheduler.plan
 
     def slow(self: GrammarState, mask: np.ndarray) -> None:
         time.sleep(0.01)
         look_ahead(self, mask)
 
-    async with running(demo_settings(num_pages=9, max_model_len=140, max_rows=6, page_size=16)) as engine:
+    def planned(self: Scheduler) -> StepPlan:
+        plan = plan_step(self)
+        if not plan.rows and meanwhile:
+            time.sleep(0.015)
+        return plan
+
+    monkeypatch.setattr(Scheduler, "plan", planned)
+    async with running(
+        demo_settings(num_pages=6 if meanwhile else 9, max_model_len=60 if meanwhile else 140, max_rows=6, page_size=16)
+    ) as engine:
         digits = Grammar("regex", "([a-f][0-9]){12}")  # no two masks in turn are alike
         requests = [say(engine, f"{seed}", grammar=digits, seed=seed, max_tokens=30) for seed in range(4)]
         alone = [(await answer(engine, request)).token_ids for request in requests]
         monkeypatch.setattr(GrammarState, "look_ahead", slow)
-        requests.append(say(engine, "free", seed=9, ignore_eos=True, max_tokens=110))
+        if not meanwhile:
+            requests.append(say(engine, "free", seed=9, ignore_eos=True, max_tokens=110))
         cramped = [chunk.token_ids for chunk in await answers(engine, requests)]
         assert engine.stats().preemptions > 0
     assert cramped[:4] == alone

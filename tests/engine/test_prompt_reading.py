@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ def embed(name: str, prompt: list[int], adapter: TinyAdapter | str | None = None
 
 
 def traffic(adapters: list[TinyAdapter], count: int = 18) -> list[GenerationRequest]:
-    """In turn: log probabilities of the prompt, its mean, its last hidden state, and a completion alone; over all
-    adapters and the base model; prompts of 1 to 40 tokens."""
+    """In turn: log probabilities of the prompt, every second time with nothing else, its mean, its last hidden state,
+    and a completion alone; over all adapters and the base model; prompts of 1 to 40 tokens."""
     rng = random.Random(3)
     made: list[GenerationRequest] = []
     for index in range(count):
@@ -62,9 +63,8 @@ def traffic(adapters: list[TinyAdapter], count: int = 18) -> list[GenerationRequ
         if kind in (1, 2):
             made.append(embed(f"r{index}", prompt, adapter, ("mean", "last")[kind - 1]))
         else:
-            made.append(
-                ask(f"r{index}", prompt, adapter, new=5, logprobs=0, prompt_logprobs=None if kind else index % 4)
-            )
+            top, new = (None, 5) if kind else (index % 4, 5 * (index % 2))
+            made.append(ask(f"r{index}", prompt, adapter, new=new, logprobs=0, prompt_logprobs=top))
     return made
 
 
@@ -80,7 +80,10 @@ def check(model: TinyModel, adapters: list[TinyAdapter], request: GenerationRequ
         assert (torch.tensor(chunk.embedding) - want).abs().max() <= TOLERANCE
         assert (chunk.text, chunk.token_ids, chunk.completion_tokens, chunk.finish_reason) == ("", (), 0, "stop")
         return
-    assert_same(chunk, expected(model, prompt, adapter, 5))
+    if request.sampling.max_tokens == 0:
+        assert (chunk.text, chunk.token_ids, chunk.completion_tokens, chunk.finish_reason) == ("", (), 0, "length")
+    else:
+        assert_same(chunk, expected(model, prompt, adapter, 5))
     assert chunk.embedding is None
     assert len(chunk.prompt_logprobs) == (0 if top is None else len(prompt))
     if top is None:
@@ -204,18 +207,27 @@ async def test_a_prompt_that_is_cached_is_read_whole_all_the_same(model: TinyMod
         assert engine.stats().reused_tokens == 20, "an embedding's pages serve others"
 
 
-async def test_an_embedding_draws_nothing_and_waits_its_turn(model: TinyModel) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        partial(embed, prompt=[7] * 64),
+        partial(ask, prompt=[7] * 64, new=0, prompt_logprobs=1),
+        partial(ask, prompt=[7] * 64, new=0, stop=("t7",), presence_penalty=1.0),
+    ],
+)
+async def test_what_draws_nothing_has_the_whole_context_and_waits_its_turn(
+    model: TinyModel, asked: Callable[[str], GenerationRequest]
+) -> None:
     settings = settings_for(model, max_rows=2, max_waiting=0, max_model_len=64, num_pages=16)
     async with running(settings) as engine:
-        whole = embed("whole", [7] * 64)
-        check(model, [], whole, await answer(engine, whole))
+        check(model, [], asked("whole"), await answer(engine, asked("whole")))
         assert engine.stats().generated_tokens == 0
         assert engine.stats().prompt_tokens == 64
         running_rows = [engine.generate(ask(f"r{i}", [5, 6, 7], new=40)) for i in range(2)]
         for row in running_rows:
             await anext(row)
         with pytest.raises(EngineOverloaded):
-            await answer(engine, embed("too many", [5, 6]))
+            await answer(engine, asked("too many"))
         for row in running_rows:
             await row.aclose()
 
@@ -245,7 +257,9 @@ async def test_law_5_what_is_not_finite_is_refused_and_changes_nothing_for_other
 ) -> None:
     tensors = load_file(adapters[0].path / "adapter_model.safetensors")
     key = next(name for name in sorted(tensors) if "lora_B" in name)
-    tensors[key] = torch.full_like(tensors[key], 1e38)
+    # Whatever order sums are taken in, products of these are infinite.
+    for name in (key, key.replace("lora_B", "lora_A")):
+        tensors[name] = torch.full_like(tensors[name], 1e38)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes((adapters[0].path / "adapter_config.json").read_bytes())
     names = {"overflow": f"local:{tmp_path}", adapters[0].name: f"local:{adapters[0].path}"}
@@ -262,6 +276,7 @@ async def test_law_5_what_is_not_finite_is_refused_and_changes_nothing_for_other
             refused(embed("o1", [4, 5, 6], "overflow"), AdapterRefused, "hidden states are not finite"),
             refused(embed("o2", [4, 5, 6], "overflow", "last"), AdapterRefused, "not finite"),
             refused(ask("o3", [4, 5, 6], "overflow", prompt_logprobs=0), AdapterRefused, "not finite"),
+            refused(ask("o4", [4, 5, 6], "overflow", new=0, prompt_logprobs=0), AdapterRefused, "not finite"),
             refused(embed("nobody", [4, 5, 6], "nobody"), AdapterNotFound, "nobody"),
         )
         for request, chunk in zip(good, chunks, strict=True):
