@@ -98,7 +98,8 @@ class Engine:
         """Chunks of one request, the first as soon as there is a token; a slow reader gets several as one.
 
         The last chunk has a ``finish_reason``. A request for ``pooling`` has a single chunk with its embedding: it is
-        a row like others, prefilled in chunks and in the same order, but draws no token. Leaving early (``aclose``,
+        a row like others, prefilled in chunks and in the same order, but draws no token; so does one for ``max_tokens``
+        0. Leaving early (``aclose``,
         cancellation, an abandoned loop) aborts the request. Raises, before or between chunks: InvalidRequest,
         EngineOverloaded, EngineDead, GenerationFailed and the AdapterError family.
         """
@@ -244,7 +245,7 @@ class Engine:
         wanted = params.max_tokens if request.pooling is None else 0
         max_tokens = check_length(prompt_tokens, wanted, parts.max_model_len)
         # A completion's last token needs no room: its keys and values are never used.
-        room = parts.pages.capacity + (request.pooling is None)
+        room = parts.pages.capacity + request.draws
         if max_tokens > room:
             if wanted is not None or prompt_tokens >= room:
                 raise InvalidRequest(

@@ -31,10 +31,10 @@ class SampledToken:
 class Flight:
     """The draws of one step. Made right after its launch, before the next one's; may be read long after."""
 
-    def __init__(self, rows: Many[PlannedRow], drawn: Drawn, pooled: Many[Sequence] = ()) -> None:
-        """rows: those that draw a token, in the order of ``drawn.places``. pooled: requests that draw none and whose
-        embedding this step completes. Nothing waits for the device."""
-        self.rows, self.pooled, self._places = rows, pooled, drawn.places
+    def __init__(self, rows: Many[PlannedRow], drawn: Drawn, undrawn: Many[Sequence] = ()) -> None:
+        """rows: those that draw a token, in the order of ``drawn.places``. undrawn: those that
+        draw none and are done with this step. Nothing waits for the device."""
+        self.rows, self.undrawn, self._places = rows, undrawn, drawn.places
         asked = [row.sequence.request.sampling.logprobs for row in rows]
         self._wanted = {index: count for index, count in enumerate(asked) if count is not None}
         self._tokens = to_host(torch.where(drawn.logprobs.isnan(), -1, drawn.ids))

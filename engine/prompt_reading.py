@@ -138,8 +138,8 @@ def reading_for(request: GenerationRequest) -> PromptReading | None:
 def read_prompts(plan: StepPlan, hidden: Tensor, lm_head: Tensor) -> tuple[Sequence, ...]:
     """Let those that read their prompts do so, before the next step is launched.
 
-    hidden: (tokens, hidden_size) of the plan's chunks, one after the other. Returns the sequences that asked for
-    nothing else, and are done with this step.
+    hidden: (tokens, hidden_size) of the plan's chunks, one after the other. Returns the sequences that draw nothing
+    and are done with this step.
     """
     place = 0
     done: list[Sequence] = []
@@ -147,7 +147,7 @@ def read_prompts(plan: StepPlan, hidden: Tensor, lm_head: Tensor) -> tuple[Seque
         sequence, count = row.sequence, row.end - row.start
         if sequence.reading is not None:
             sequence.reading.take(hidden[place : place + count], row.start, lm_head)
-            if sequence.request.pooling is not None and row.end == len(sequence.tokens):
-                done.append(sequence)
+        if not sequence.draws and row.end == len(sequence.tokens):
+            done.append(sequence)
         place += count
     return tuple(done)

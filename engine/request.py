@@ -69,7 +69,8 @@ class SamplingParams:
     """How to choose tokens and when to stop.
 
     temperature: 0 is greedy. top_k: 0 keeps all. top_p in (0, 1]. min_p in [0, 1], relative to the most
-    likely token. seed: None draws one. max_tokens: None fills the context. stop: strings, cut from the text.
+    likely token. seed: None draws one. max_tokens: None fills the context, 0 is for what is told of the prompt alone.
+    stop: strings, cut from the text.
     logprobs: None for none, n >= 0 for the chosen token and the n likeliest, from the raw logits. prompt_logprobs: the
     same of the prompt's tokens; the prompt is computed whole then, whatever the prefix cache holds.
 
@@ -106,7 +107,7 @@ class SamplingParams:
             ("top_p", _number(self.top_p, 0.0, 1.0) and self.top_p > 0.0, "above 0 and at most 1"),
             ("min_p", _number(self.min_p, 0.0, 1.0), "between 0 and 1"),
             ("seed", self.seed is None or _integer(self.seed, 0, _INT64), "an integer between 0 and 2**63 - 1"),
-            ("max_tokens", self.max_tokens is None or _integer(self.max_tokens, 1), "an integer of 1 or more"),
+            ("max_tokens", self.max_tokens is None or _integer(self.max_tokens, 0), "an integer of 0 or more"),
             ("stop", _tuple_of(str, self.stop) and all(self.stop), "a tuple of non-empty strings"),
             ("stop_token_ids", _tuple_of(int, self.stop_token_ids), "a tuple of integers"),
             ("logprobs", self.logprobs is None or _integer(self.logprobs, 0, 20), "an integer between 0 and 20"),
@@ -176,6 +177,11 @@ class GenerationRequest:
     share: float | None = None
     api_token: str | None = field(default=None, repr=False)
     pooling: Pooling | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether any token is generated."""
+        return self.pooling is None and self.sampling.max_tokens != 0
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (JSON types) that crosses process borders."""

@@ -29,7 +29,7 @@ class Sequence:
     adapter: its weights in host memory; None for the base model, and while a slot holds them already.
     digest: the adapter that its slot must hold; None for the base model, and until an adapter's name is resolved.
     tenant: whose service it counts as: who asks, or the adapter's name where nobody says.
-    plain: it draws from its logits as the model gives them.
+    plain: it draws from its logits as the model gives them. draws: it does at all.
     tokens: prompt, then what was generated, with PENDING at the end for what is drawn but not read. known: how many of
     them are read. awaited: the last token's index among those that the step launched last drew; -1 when it is known.
     computed: how many tokens have keys and values in ``pages``, or will have once the launched steps are done.
@@ -54,6 +54,7 @@ class Sequence:
     digest: str | None = None
     tenant: str = field(init=False)
     plain: bool = field(init=False)
+    draws: bool = field(init=False)
     tokens: list[int] = field(default_factory=list)
     known: int = 0
     awaited: int = -1
@@ -82,6 +83,7 @@ class Sequence:
         self.tokens = list(self.request.prompt_token_ids)
         self.known = len(self.tokens)
         self.plain = self.request.sampling.plain
+        self.draws = self.request.draws
         self.tenant = self.request.tenant or self.request.adapter or ""
         self.digest = self.request.adapter_digest if self.adapter is None else self.adapter.digest
 
@@ -97,7 +99,7 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether only the last token is still to be computed, to draw the next."""
-        return 0 < self.computed == len(self.tokens) - 1 and self.request.pooling is None
+        return 0 < self.computed == len(self.tokens) - 1 and self.draws
 
     @property
     def full(self) -> bool:

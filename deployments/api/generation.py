@@ -10,6 +10,7 @@ from math import inf
 from statistics import fmean
 
 from deployments.api.tool_formats import ToolFormat
+from deployments.protocol.completions import Echo
 from engine.request import GenerationChunk
 
 
@@ -18,7 +19,7 @@ class Generation:
     """The choices of one request (prompts x n, prompt by prompt), each a stream of chunks.
 
     id, created, model, fingerprint: what the answer says. n: streams of each prompt, of which the answer has the
-    ``kept`` likeliest, all when None. echoes: by choice, the text that goes before it. token_bytes: the bytes of a
+    ``kept`` likeliest, all when None. echoes: by choice, the prompt that goes before it. token_bytes: the bytes of a
     token id, None where the tokenizer does not tell. tool_format: how the model writes down calls. ended: called once
     at the end, however it came, with the tokens of the prompts and of the completions so far.
     """
@@ -30,7 +31,7 @@ class Generation:
     n: int = 1
     kept: int | None = None
     fingerprint: str = ""
-    echoes: Sequence[str] = ()
+    echoes: Sequence[Echo] = ()
     token_bytes: Callable[[int], bytes | None] = lambda _: None
     tool_format: ToolFormat | None = None
     ended: Callable[[int, int], None] | None = None
@@ -89,9 +90,9 @@ class Generation:
         """How many the answer has."""
         return len(self.streams) // self.n * (self.kept or self.n)
 
-    def echo(self, index: int) -> str:
-        """The text that goes before this choice."""
-        return self.echoes[index] if self.echoes else ""
+    def echo(self, index: int) -> Echo:
+        """The prompt that goes before this choice."""
+        return self.echoes[index] if self.echoes else Echo()
 
     async def aclose(self) -> None:
         """Stop every choice that still runs."""

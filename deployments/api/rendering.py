@@ -13,7 +13,7 @@ from deployments.api.tool_calls import CallDelta, NamedCall, Piece, ToolCallPars
 from deployments.api.tool_formats import LIST, ToolFormat
 from deployments.protocol import chat, completions
 from deployments.protocol.chat import ChatBody
-from deployments.protocol.common import usage
+from deployments.protocol.common import prompt_logprobs_list, usage
 from deployments.protocol.completions import CompletionBody
 from deployments.protocol.tools import begun_call, call_arguments, call_object
 from engine.request import GenerationChunk, TokenLogprob
@@ -42,8 +42,8 @@ class CompletionRendering:
 
     def __init__(self, generation: Generation, body: CompletionBody) -> None:
         self._generation = generation
-        self._logprobs = body.logprobs is not None
-        self._offsets = [len(generation.echo(index)) for index in range(generation.choices)]
+        self._logprobs, self._prompt_logprobs = body.logprobs, body.prompt_logprobs
+        self._offsets = [len(generation.echo(index).text) for index in range(generation.choices)]
         self._begun: set[int] = set()
 
     def answer(self, chunks: list[GenerationChunk]) -> dict[str, Any]:
@@ -59,15 +59,17 @@ class CompletionRendering:
         return self._envelope([])
 
     def _choice(self, index: int, chunk: GenerationChunk) -> dict[str, Any]:
-        text = chunk.text
+        text, echo = chunk.text, self._generation.echo(index)
         if index not in self._begun:
             self._begun.add(index)
-            text = self._generation.echo(index) + text
-        logprobs = None
-        if self._logprobs:
-            logprobs = completions.logprobs_object(chunk.logprobs, self._offsets[index])
+            text = echo.text + text
+        logprobs, of_prompt = None, None
+        if self._logprobs is not None:
+            logprobs = completions.logprobs_object(chunk, echo, self._offsets[index], self._logprobs)
             self._offsets[index] += sum(len(token.text) for token in chunk.logprobs)
-        return completions.choice(index, text, chunk.finish_reason, chunk.stop_reason, logprobs)
+        if self._prompt_logprobs is not None:
+            of_prompt = prompt_logprobs_list(chunk.prompt_logprobs, self._prompt_logprobs)
+        return completions.choice(index, text, chunk.finish_reason, chunk.stop_reason, logprobs, of_prompt)
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         generation = self._generation
@@ -212,6 +214,8 @@ async def whole(generation: Generation, body: CompletionBody | ChatBody) -> dict
     """The answer of a request that does not stream."""
     chunks = await generation.finished()
     answer = rendering_for(generation, body).answer(chunks)
+    if isinstance(body, ChatBody) and body.prompt_logprobs is not None:  # all choices are of one prompt
+        answer["prompt_logprobs"] = prompt_logprobs_list(chunks[0].prompt_logprobs, body.prompt_logprobs)
     return {**answer, "usage": usage(generation.prompt_tokens, generation.completion_tokens)}
 
 

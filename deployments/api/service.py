@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from deployments.fleet import Generator
 from deployments.observability.request_record import RequestRecord
 from deployments.observability.telemetry import Telemetry
 from deployments.protocol.chat import ChatBody
-from deployments.protocol.completions import CompletionBody
+from deployments.protocol.completions import CompletionBody, Echo
 from deployments.protocol.errors import from_exception, invalid
 from deployments.protocol.models import model_list, model_object
 from deployments.tenants.admission import Admission, Admissions
@@ -31,6 +32,7 @@ from deployments.tenants.caller import Caller
 from engine.grammar import check_grammar
 from engine.request import GenerationChunk, GenerationRequest, InvalidRequest, Pooling, SamplingParams, check_length
 from engine.spec import ModelSpec
+from engine.text_stream import TextStream
 from engine.tokenizer import Tokenizer
 
 Begin = Callable[[RequestRecord, Admission], Awaitable[Generation]]
@@ -162,7 +164,7 @@ class CompletionService:
                 request = row(place, prompt, adapter, caller, body.user, sampling=chosen)
                 streams.append(self.recorded(request, body.model, caller, record))
         echoes = (
-            await self.directory.in_text_pool(self._echoes, body)
+            await self.directory.in_text_pool(self._echoes, body, prompts)
             if isinstance(body, CompletionBody) and body.echo
             else []
         )
@@ -175,7 +177,7 @@ class CompletionService:
             n=n,
             kept=None if asked == n else asked,
             fingerprint=self._fingerprint if adapter is None else f"{self._fingerprint}_{adapter.digest[:10]}",
-            echoes=[text for text in echoes for _ in range(asked)],
+            echoes=[echo for echo in echoes for _ in range(asked)],
             token_bytes=self.tokenizer.token_bytes,
             tool_format=self._tool_format,
         )
@@ -254,8 +256,16 @@ class CompletionService:
             return [self.tokenizer.encode_chat(body.plain_messages(), most, **body.template_arguments())]
         return [self.tokenizer.encode(p, most_tokens=most) if isinstance(p, str) else p for p in body.prompts()]
 
-    def _echoes(self, body: CompletionBody) -> list[str]:
-        return [p if isinstance(p, str) else self.tokenizer.decode(p) for p in body.prompts()]
+    def _echoes(self, body: CompletionBody, prompts: Sequence[Sequence[int]]) -> list[Echo]:
+        echoes = []
+        for prompt, ids in zip(body.prompts(), prompts, strict=True):
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
+            tokens = ids if body.echoes_logprobs else ()
+            stream = TextStream(self.tokenizer)  # special tokens are not part of the text
+            lengths = [len(stream.push(token)) for token in tokens]
+            names = tuple(map(self.tokenizer.token_text, tokens))
+            echoes.append(Echo(text, names, tuple(accumulate(lengths[:-1], initial=0)) if names else ()))
+        return echoes
 
     def _base_object(self) -> dict[str, Any]:
         return model_object(self.base_model, self._started, root=self._folder.name)

@@ -67,14 +67,24 @@ class CompletionLogprobs(_Shape):
     text_offset: list[int]
 
 
+class PromptLogprob(_Shape):
+    """Of one token in one place of the prompt. rank: 1 for the likeliest, null beyond those that were asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
 class CompletionChoice(BaseModel):
-    """stop_reason: the stop string or token that ended it, null for the end of sequence or the limit."""
+    """stop_reason: the stop string or token that ended it, null for the end of sequence or the limit. prompt_logprobs:
+    where asked for, of each token of the prompt by token id; null for the first."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length", "abort"] | None
     stop_reason: str | int | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class CompletionAnswer(_Shape):
@@ -154,6 +164,7 @@ class ChatAnswer(_Shape):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class DeltaChoice(BaseModel):

@@ -190,9 +190,9 @@ class ChatBody(GenerationBody):
     def sampling_params(self) -> SamplingParams:
         """The engine's parameters. Raises InvalidRequest naming the field that is out of range."""
         wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
-            name = "max_completion_tokens"
-            raise invalid(name, f"{name} is {self.max_completion_tokens} but must be 1 or more")
+        if wanted is not None and wanted < 1:
+            name = self.max_tokens_field
+            raise invalid(name, f"{name} is {wanted} but must be 1 or more")
         if not self.logprobs:
             return self.sampling(max_tokens=wanted, logprobs=None)
         top = self.top_logprobs or 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -10,13 +10,12 @@ from pydantic_core import PydanticCustomError
 
 from deployments.protocol.errors import ApiError, from_validation, invalid, unsupported
 from deployments.protocol.structured import StructuredFields, WantedGrammar
-from engine.request import MOST_BIASES, SamplingParams
+from engine.request import MOST_BIASES, SamplingParams, TokenLogprob
 
 # Fields that would change the result and that we do not have, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "prompt_logprobs": (),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "use_beam_search": (False,),
@@ -27,7 +26,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _range(low: float, high: float | None = None) -> Callable[[dict[str, Any]], None]:
+def in_range(low: float, high: float | None = None) -> Callable[[dict[str, Any]], None]:
     """For the OpenAPI document alone: the engine's parameters say what is out of range."""
 
     def put(schema: dict[str, Any]) -> None:
@@ -93,24 +92,29 @@ class GenerationBody(StructuredFields):
 
     model: str = Field(max_length=1024, description="The base model's name or an adapter's: see GET /v1/models.")
     n: int | None = Field(None, ge=1, description="Completions for each prompt.")
-    max_tokens: int | None = Field(None, json_schema_extra=_range(1))
+    max_tokens: int | None = Field(None, json_schema_extra=in_range(1))
     temperature: float | None = Field(
-        None, description="0 is greedy; 1 when left out.", json_schema_extra=_range(0, 100)
+        None, description="0 is greedy; 1 when left out.", json_schema_extra=in_range(0, 100)
     )
-    top_p: float | None = Field(None, json_schema_extra=_range(0.0001, 1))
-    top_k: int | None = Field(None, description="0 or -1 keeps every token.", json_schema_extra=_range(-1))
-    min_p: float | None = Field(None, json_schema_extra=_range(0, 1))
-    seed: int | None = Field(None, json_schema_extra=_range(0, 2**63 - 1))
+    top_p: float | None = Field(None, json_schema_extra=in_range(0.0001, 1))
+    top_k: int | None = Field(None, description="0 or -1 keeps every token.", json_schema_extra=in_range(-1))
+    min_p: float | None = Field(None, json_schema_extra=in_range(0, 1))
+    seed: int | None = Field(None, json_schema_extra=in_range(0, 2**63 - 1))
     stop: Annotated[str | list[str] | None, BeforeValidator(_stop, json_schema_input_type=_Stops)] = None
     stop_token_ids: list[int] | None = Field(None, max_length=_MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
-    logit_bias: LogitBias = None
-    presence_penalty: float | None = Field(None, json_schema_extra=_range(-2, 2))
-    frequency_penalty: float | None = Field(None, json_schema_extra=_range(-2, 2))
-    repetition_penalty: float | None = Field(
-        None, description="1 changes nothing.", json_schema_extra=_range(0.0001, 10)
+    prompt_logprobs: int | None = Field(
+        None,
+        description="Log probabilities of the prompt's tokens and of that many likeliest ones; not in a stream.",
+        json_schema_extra=in_range(0, 20),
     )
-    min_tokens: int | None = Field(None, json_schema_extra=_range(0))
+    logit_bias: LogitBias = None
+    presence_penalty: float | None = Field(None, json_schema_extra=in_range(-2, 2))
+    frequency_penalty: float | None = Field(None, json_schema_extra=in_range(-2, 2))
+    repetition_penalty: float | None = Field(
+        None, description="1 changes nothing.", json_schema_extra=in_range(0.0001, 10)
+    )
+    min_tokens: int | None = Field(None, json_schema_extra=in_range(0))
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -129,6 +133,12 @@ class GenerationBody(StructuredFields):
     def _check_stream_options(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "stream_options is only allowed together with stream=true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> GenerationBody:
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs", "prompt_logprobs are not possible with stream=true: send one of them")
         return self
 
     @property
@@ -164,6 +174,7 @@ class GenerationBody(StructuredFields):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -180,6 +191,20 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def prompt_logprobs_list(told: Sequence[TokenLogprob | None], top: int) -> list[dict[str, Any] | None]:
+    """vLLM's ``prompt_logprobs``: for each token of the prompt an object from token ids to what is known of them, for
+    the token itself and the ``top`` likeliest in its place; null for the first. rank: from 1, null where it is not
+    among those."""
+
+    def entries(token: TokenLogprob) -> dict[str, Any]:
+        made = {token.token_id: {"logprob": token.logprob, "rank": None, "decoded_token": token.text}}
+        for rank, (token_id, logprob, text) in enumerate(token.top[:top], 1):
+            made[token_id] = {"logprob": logprob, "rank": rank, "decoded_token": text}
+        return {str(token_id): entry for token_id, entry in made.items()}
+
+    return [None if token is None else entries(token) for token in told]
 
 
 def read_body(model: type[BaseModel], payload: Any) -> Any:

@@ -25,7 +25,7 @@ from engine.request import GenerationRequest, Grammar, InvalidRequest, SamplingP
         ("min_p", 1.1),
         ("seed", 2**63),
         ("seed", 0.5),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", 2.0),
         ("stop", ("",)),
         ("stop", (5,)),
