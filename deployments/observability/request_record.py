@@ -17,7 +17,8 @@ class RequestRecord:
 
     id: of the answer. model: empty until it is known that there is one of this name. tenant: whose key it was. adapter:
     content digest, empty for the base model. whole: not streamed. status: HTTP. error: its code. replica, reason: of
-    the last routing decision. started_ns: since the epoch; the other times are monotonic seconds. finish_reasons and
+    the last routing decision. started_ns: since the epoch; the other times are monotonic seconds. first_token_at: None
+    as long as none was generated, as for an embedding. finish_reasons and
     timings: of the choices that got to their ends. span: the request's own.
     """
 
@@ -44,7 +45,7 @@ class RequestRecord:
 
     def saw(self, chunk: GenerationChunk) -> None:
         """A piece of the answer came from a replica."""
-        if self.first_token_at is None:
+        if self.first_token_at is None and chunk.completion_tokens:
             made = time.monotonic()
             if self.whole and chunk.timings is not None:  # it was kept until the last token
                 made -= chunk.timings.decode_s

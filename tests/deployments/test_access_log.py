@@ -51,6 +51,14 @@ async def test_the_line_says_who_what_how_long_and_how_it_ended(http, lines, str
     assert 0 < sum(phases) <= line["total_s"]
 
 
+async def test_an_embedding_has_a_line_and_no_first_token(http, lines):
+    answer = await http.post("/v1/embeddings", json={"model": "shout", "input": [PROMPT, PROMPT]})
+    (line,) = lines
+    assert (line["model"], line["status"], line["finish_reason"]) == ("shout", 200, "stop")
+    assert line["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    assert line["generation_id"].startswith("embd-") and not {"ttft_s", "error"} & set(line)
+
+
 async def test_a_refused_request_and_one_that_was_left_have_lines_too(http, lines, service, fleet, monkeypatch):
     await complete(http, n=1000)
     real = fleet.generate

@@ -146,7 +146,7 @@ async def test_other_errors_have_the_envelope_too(http, client, fleet, monkeypat
     assert (status, body["error"]["code"]) == (503, "replica_unavailable")
 
 
-async def test_each_input_is_a_row_of_who_asks_and_the_request_is_told_once(http, fleet, metrics, monkeypatch):
+async def test_each_input_is_a_row_of_who_asks_and_the_request_is_told_once(http, fleet, metrics, spans, monkeypatch):
     real, asked = fleet.generate, []
 
     async def watched(request, model, record):
@@ -165,3 +165,10 @@ async def test_each_input_is_a_row_of_who_asks_and_the_request_is_told_once(http
     assert told["lorafleet_adapter_tokens_total", "shout", "prompt"] == body["usage"]["prompt_tokens"]
     assert not [key for key in told if key[0] == "lorafleet_requests_cut_total"]
     assert told[("lorafleet_requests_open",)] == 0
+    assert told[("lorafleet_request_seconds",)].count == 1
+    assert told[("lorafleet_ttft_seconds",)].count == 0, "there is no first token"
+    ended = [span for span in spans.get_finished_spans() if span.name == "request"]
+    assert [span.attributes["http.response.status_code"] for span in ended] == [200, 404]
+    assert ended[0].attributes["gen_ai.usage.input_tokens"] == body["usage"]["prompt_tokens"]
+    rows = [span for span in spans.get_finished_spans() if span.name == "generate"]
+    assert {span.parent.span_id for span in rows} == {ended[0].context.span_id} and len(rows) == 2
