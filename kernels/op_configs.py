@@ -41,8 +41,9 @@ _OP_KEYS = {
 }
 # What may differ between the batches of one (hidden, rank): these keys deal work out to programs and leave the order of
 # every sum as it is, so that a row's bits do not depend on its batch. sgmv looks up one configuration for all lengths.
+# Of expand_slices a tall tile's products may be fused into their sum and a low one's not, so tiles are of one height.
 _SPREAD = ("BLOCK_N", "SPLIT_N", "num_stages")
-BATCH_KEYS = {"expand": _SPREAD, "shrink": _SPREAD, "expand_slices": _SPREAD, "shrink_slices": _SPREAD}
+BATCH_KEYS = {"expand": _SPREAD, "shrink": _SPREAD, "expand_slices": ("num_stages",), "shrink_slices": _SPREAD}
 # A row serves keys within these factors of its own; beyond them its tiles do not fit, and the defaults do better.
 _RANK_REACH, _HIDDEN_REACH = 2, 4
 _ALIASES = {"bgmv_expand": "expand", "bgmv_shrink": "shrink"}
