@@ -95,7 +95,7 @@ class Catalog:
 
     def forget(self, ref: AdapterRef) -> None:
         """Have the next ``resolve`` of this reference ask its source, whatever was remembered."""
-        self.sources.of(ref).forget(self.rooted(ref))
+        self.sources.forget(self.rooted(ref))
 
     def fetch(
         self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None, meanwhile: Meanwhile | None = None

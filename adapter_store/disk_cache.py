@@ -125,18 +125,26 @@ class DiskCache:
 
     def known_digest(self, state: str) -> str | None:
         """The digest remembered for a ``state`` of a server's files (64 hex digits)."""
-        try:
-            digest = (self._root / "states" / state).read_text("ascii")
-        except (OSError, UnicodeDecodeError):
-            return None
-        return digest if len(digest) == 64 and digest.isalnum() else None
+        digest = self.known_note(state)
+        return digest if digest is not None and len(digest) == 64 and digest.isalnum() else None
 
     def remember_digest(self, state: str, digest: str) -> None:
         """Remember which content a ``state`` is, for later runs. Raises OSError."""
+        self.remember_note(state, digest)
+
+    def known_note(self, state: str) -> str | None:
+        """What ``remember_note`` was told of a ``state``."""
+        try:
+            return (self._root / "states" / state).read_text("ascii")
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def remember_note(self, state: str, text: str) -> None:
+        """Remember some ASCII text of a ``state``, for later runs. Raises OSError."""
         states = self._root / "states"
         states.mkdir(parents=True, exist_ok=True)
         draft = states / f".{os.getpid()}-{state}"
-        draft.write_text(digest, "ascii")
+        draft.write_text(text, "ascii")
         draft.replace(states / state)
 
     def forget_digest(self, state: str) -> None:

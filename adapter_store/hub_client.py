@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn, TypeVar
 
 from huggingface_hub import HfApi, hf_hub_url
@@ -27,7 +28,8 @@ from adapter_store.progress import Progress
 from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
 from adapter_store.settings import StoreSettings
-from adapter_store.source import AdapterRef
+from adapter_store.source import AdapterRef, TemplateFile
+from adapter_store.template_files import TEMPLATE_FILES
 
 T = TypeVar("T")
 
@@ -68,7 +70,14 @@ class HubClient:
         if config.blob_id and config.lfs is None and weights.lfs is not None:
             digest = content_digest(config.blob_id, weights.lfs.sha256)
         pinned = AdapterRef("hub", ref.id, info.sha)
-        return Listing(pinned, state_key(str(pinned)), digest, weights.size)
+        template = next((file for file in TEMPLATE_FILES if file in files), None)
+        return Listing(
+            pinned,
+            state_key(str(pinned)),
+            digest,
+            weights.size,
+            None if template is None else TemplateFile(template, files[template].blob_id or info.sha),
+        )
 
     def is_lent(self, ref: AdapterRef) -> bool:
         """See ``RemoteClient``."""
@@ -84,14 +93,22 @@ class HubClient:
         assert ref.pinned
         deadline = time.monotonic() + self._settings.limits(ref).download_timeout_s
         for file, most in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, limit)):
-            self._exchange(
-                name,
-                ref,
-                lambda file=file, most=most: self._download_once(name, ref, file, folder / file, most, deadline),
-                None,
-                deadline,
-            )
+            self._download(name, ref, file, folder, most, deadline)
         return state_key(str(ref))
+
+    def read(self, name: str, ref: AdapterRef, file: str, limit: int) -> bytes:
+        """See ``RemoteClient``."""
+        assert ref.pinned
+        deadline = time.monotonic() + self._settings.limits(ref).download_timeout_s
+        with TemporaryDirectory() as folder:
+            self._download(name, ref, file, Path(folder), limit, deadline)
+            return (Path(folder) / file).read_bytes()
+
+    def _download(self, name: str, ref: AdapterRef, file: str, folder: Path, limit: int, deadline: float) -> None:
+        def once() -> None:
+            self._download_once(name, ref, file, folder / file, limit, deadline)
+
+        self._exchange(name, ref, once, None, deadline)
 
     def _download_once(self, name: str, ref: AdapterRef, file: str, target: Path, limit: int, deadline: float) -> None:
         url = hf_hub_url(ref.id, file, revision=ref.revision, endpoint=self._settings.hub_endpoint)

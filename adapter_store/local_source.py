@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from adapter_store.checkpoint_files import (
     check_size,
 )
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE, content_digest, git_blob_sha1
-from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused
+from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapter_store.load_stats import LoadMeter, SourceStats
-from adapter_store.source import AdapterRef, ResolvedAdapter
+from adapter_store.source import AdapterRef, ResolvedAdapter, TemplateFile
+from adapter_store.template_files import TEMPLATE_FILES, Templates, check_template_size, templates_in
 
 # A file written this shortly before it was hashed could be written again within the same clock tick of its file
 # system, so its hash is not remembered yet.
@@ -59,7 +61,7 @@ class FileHashes:
 
 
 class LocalSource:
-    """Folders. Thread-safe. ``resolve`` costs two stats unless a file changed since it was last hashed."""
+    """Folders. Thread-safe. ``resolve`` costs four stats unless a file changed since it was last hashed."""
 
     def __init__(self) -> None:
         self._hashes = FileHashes()
@@ -67,7 +69,7 @@ class LocalSource:
 
     def resolve(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
         """The folder's content now. Raises AdapterNotFound without a config file, AdapterRefused without weights."""
-        return ResolvedAdapter(name, ref, self._digest(name, Path(ref.id)))
+        return ResolvedAdapter(name, ref, self._digest(name, Path(ref.id)), _template(ref.id))
 
     def fetch(
         self, resolved: ResolvedAdapter, max_weights_bytes: int | None = None, meanwhile: Meanwhile | None = None
@@ -86,6 +88,19 @@ class LocalSource:
                 resolved.name, f"its content is now {digest[:12]}, not {resolved.digest[:12]}: it was published again"
             )
         return files
+
+    def templates(self, resolved: ResolvedAdapter) -> Templates:
+        """As the file is now. Raises AdapterRefused, and AdapterUnavailable when it went away just now."""
+        assert resolved.template is not None
+        file = resolved.template.file
+        try:
+            with (Path(resolved.ref.id) / file).open("rb") as opened:
+                check_template_size(resolved.name, file, os.fstat(opened.fileno()).st_size)
+                return templates_in(resolved.name, file, opened.read(TEMPLATE_FILES[file] + 1))
+        except FileNotFoundError:
+            raise AdapterUnavailable(resolved.name, f"its {file} is being replaced: try again in a moment") from None
+        except OSError as error:
+            raise AdapterRefused(resolved.name, f"{file} cannot be read: {error.strerror}") from error
 
     def recall(self, name: str, ref: AdapterRef) -> None:
         """Nothing: folders are looked at each time."""
@@ -131,6 +146,22 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _template(folder: str) -> TemplateFile | None:
+    for file in TEMPLATE_FILES:
+        try:
+            found = os.stat(f"{folder}/{file}")  # noqa: PTH116 - follows links, and is the hot path of every request
+        except OSError:
+            continue
+        if stat.S_ISREG(found.st_mode):
+            now = time.time_ns()
+            settled = now - found.st_mtime_ns > _SETTLED_NS  # else it is read each time, as weights are hashed
+            return TemplateFile(file, f"{_signed(found)}" if settled else f"{_signed(found)} {now}")
+    return None
+
+
 def _signature(path: Path) -> _Signature:
-    stat = os.stat(path)  # noqa: PTH116 - follows links, and is the hot path of every request
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return _signed(os.stat(path))  # noqa: PTH116 - follows links, and is the hot path of every request
+
+
+def _signed(found: os.stat_result) -> _Signature:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

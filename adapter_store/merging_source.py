@@ -10,6 +10,7 @@ from adapter_store.errors import AdapterError, AdapterRefused
 from adapter_store.load_stats import SourceStats
 from adapter_store.merging_recipe import Merge, MergePart
 from adapter_store.source import AdapterRef, AdapterSource, ResolvedAdapter
+from adapter_store.template_files import Templates
 
 T = TypeVar("T")
 
@@ -41,6 +42,11 @@ class MergingSource:
         """Refused: ``merging.pack_merged`` fetches the parts."""
         del max_weights_bytes, meanwhile
         raise AdapterRefused(resolved.name, "a merge has no files of its own: fetch what it is made of")
+
+    def templates(self, resolved: ResolvedAdapter) -> Templates:
+        """None: nobody says which part's it would be."""
+        del resolved
+        return {}
 
     def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
         """Whether every part is."""

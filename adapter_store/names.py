@@ -16,6 +16,7 @@ from adapter_store.errors import AdapterNotFound
 from adapter_store.merging_recipe import Merge, MergePart
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
+from adapter_store.template_files import TEMPLATE_FILES
 
 _log = logging.getLogger(__name__)
 
@@ -175,4 +176,4 @@ def _holds_adapter(folder: Path, name: str) -> bool:
 def _files_inside(adapter: Path, folder: Path) -> bool:
     """Whether the adapter's files, all links followed, lie in ``folder``."""
     root = folder.resolve()
-    return all((adapter / file).resolve().is_relative_to(root) for file in (CONFIG_FILE, WEIGHTS_FILE))
+    return all((adapter / file).resolve().is_relative_to(root) for file in (CONFIG_FILE, WEIGHTS_FILE, *TEMPLATE_FILES))

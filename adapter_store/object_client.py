@@ -5,12 +5,14 @@ Each kind of store needs its own package, installed by an extra of ours and impo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -22,7 +24,8 @@ from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
 from adapter_store.schemes import EXTRAS, package_remedy, scheme_mistake
 from adapter_store.settings import StoreSettings
-from adapter_store.source import AdapterRef
+from adapter_store.source import AdapterRef, TemplateFile
+from adapter_store.template_files import TEMPLATE_FILES
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -69,8 +72,12 @@ class ObjectClient:
         self._open: dict[tuple[str, str], tuple[bytes, AbstractFileSystem]] = {}
 
     def listing(self, name: str, ref: AdapterRef, retries: int | None = None) -> Listing:
-        """See ``RemoteClient``. Two exchanges, none of them long."""
-        return self._exchange(name, ref, lambda: self._list(name, ref), retries)
+        """See ``RemoteClient``. Three exchanges, none of them long."""
+
+        def once() -> Listing:
+            return replace(self._list(name, ref), template=self._template(ref))
+
+        return self._exchange(name, ref, once, retries)
 
     def is_lent(self, ref: AdapterRef) -> bool:
         """Never: object stores know this server only."""
@@ -100,6 +107,35 @@ class ObjectClient:
             return before.state
 
         return self._exchange(name, ref, once, None, deadline)
+
+    def read(self, name: str, ref: AdapterRef, file: str, limit: int) -> bytes:
+        """See ``RemoteClient``."""
+
+        def once() -> bytes:
+            check_size(name, file, int((self._info(ref, file) or {}).get("size") or 0), limit)
+            return self._call(ref, "cat_file", self._settings.limits(ref).timeout_s, file)
+
+        return self._exchange(name, ref, once, None)
+
+    def _template(self, ref: AdapterRef) -> TemplateFile | None:
+        there = self._beside(ref)
+        for file in TEMPLATE_FILES:
+            if file in there:  # read at each look where the store says nothing that could tell
+                return TemplateFile(file, state_key(_state(there[file]) or f"looked at {time.time()}"))
+        return None
+
+    def _beside(self, ref: AdapterRef) -> dict[str, _Info]:
+        """The files at ``ref`` by name: one exchange, where asking for one that is not there would be two."""
+        try:
+            listed = self._call(ref, "ls", self._settings.limits(ref).timeout_s, "", detail=True)
+            return {info["name"].rpartition("/")[2]: info for info in listed if info.get("type") == "file"}
+        except PermissionError:
+            pass
+        there = {}
+        for file in TEMPLATE_FILES:
+            with contextlib.suppress(PermissionError):  # S3's word for what is not there, to who may not list
+                there[file] = self._info(ref, file)
+        return {file: info for file, info in there.items() if info is not None}
 
     def _list(self, name: str, ref: AdapterRef) -> Listing:
         config = self._info(ref, CONFIG_FILE)

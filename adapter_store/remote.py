@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from adapter_store.source import AdapterRef
+from adapter_store.source import AdapterRef, TemplateFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +16,14 @@ class Listing:
 
     ref: what was asked for, with the commit where the server has commits. state: 64 hex digits that are others as soon
     as the content is, None when the server says nothing that could tell. digest: the content's, None when the server
-    does not say so. weights_bytes: None when unknown.
+    does not say so. weights_bytes: None when unknown. template: where a chat template may be.
     """
 
     ref: AdapterRef
     state: str | None
     digest: str | None
     weights_bytes: int | None
+    template: TemplateFile | None = None
 
 
 class RemoteClient(Protocol):
@@ -53,6 +54,11 @@ class RemoteClient(Protocol):
 
         Raises what ``listing`` raises, and AdapterRefused when the weights are larger than ``limit`` bytes.
         """
+        ...
+
+    def read(self, name: str, ref: AdapterRef, file: str, limit: int) -> bytes:
+        """A small file beside those two. Raises what ``listing`` raises, and AdapterRefused when it has more than
+        ``limit`` bytes."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -19,7 +20,8 @@ from adapter_store.load_stats import LoadMeter, SourceStats
 from adapter_store.remote import Listing, RemoteClient, state_key
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
-from adapter_store.source import AdapterRef, ResolvedAdapter
+from adapter_store.source import AdapterRef, ResolvedAdapter, TemplateFile
+from adapter_store.template_files import TEMPLATE_FILES, Templates, templates_in
 
 _log = logging.getLogger(__name__)
 _MAX_REMEMBERED = 16_384  # references; a few hundred bytes each
@@ -32,6 +34,10 @@ class _Answer:
     until: float
     pinned: AdapterRef
     digest: str
+    template: TemplateFile | None
+
+    def named(self, name: str) -> ResolvedAdapter:
+        return ResolvedAdapter(name, self.pinned, self.digest, self.template)
 
 
 class RemoteSource:
@@ -64,17 +70,16 @@ class RemoteSource:
         if recalled is not None:
             return recalled
         try:
-            answer = self._lookups.run(ref, lambda: self._look_up(name, ref))
+            return self._lookups.run(ref, lambda: self._look_up(name, ref)).named(name)
         except AdapterError as error:  # a follower shares the failure, not the other caller's name
             raise error.named(name) from None
-        return ResolvedAdapter(name, answer.pinned, answer.digest)
 
     def prove(self, name: str, ref: AdapterRef) -> ResolvedAdapter:
         """What the server shows of ``ref`` now, to whoever this thread asks for (see ``HubTokens``). What others were
         told counts for nothing, and a failure is not remembered. Raises as ``resolve`` does."""
         listing = self._client.listing(name, ref)
         digest = self._digest(name, ref, listing)
-        return ResolvedAdapter(name, self._client.pin(listing, digest), digest)
+        return ResolvedAdapter(name, self._client.pin(listing, digest), digest, listing.template)
 
     def recall(self, name: str, ref: AdapterRef) -> ResolvedAdapter | None:
         """What the server last said, as long as that counts, and while somebody else waits for the next word."""
@@ -85,7 +90,7 @@ class RemoteSource:
             late = now - answer.until > self._settings.limits(ref).refresh_s
             answer = None if late or not self._lookups.running(ref) else answer
         if answer is not None:
-            return ResolvedAdapter(name, answer.pinned, answer.digest)
+            return answer.named(name)
         self._failures.check(ref, name)
         return None
 
@@ -113,6 +118,20 @@ class RemoteSource:
             if not lent:
                 self._failures.add(resolved.ref, error)
             raise error.named(resolved.name) from None
+
+    def templates(self, resolved: ResolvedAdapter) -> Templates:
+        """From the server, once for each state on this machine."""
+        where = resolved.template
+        assert where is not None
+        state = state_key(str(resolved.ref), where.file, where.version)
+        with contextlib.suppress(ValueError):
+            if known := self._disk.known_note(state):
+                return json.loads(known)
+        data = self._client.read(resolved.name, resolved.ref, where.file, TEMPLATE_FILES[where.file])
+        templates = templates_in(resolved.name, where.file, data)
+        with contextlib.suppress(OSError):
+            self._disk.remember_note(state, json.dumps(templates))
+        return templates
 
     def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:
         """Whether the content was downloaded before, or could not be a moment ago; unknown content was not."""
@@ -159,15 +178,27 @@ class RemoteSource:
             self._close(ref, known)
             raise
         pinned = self._client.pin(listing, digest)
-        if ref == pinned and self._disk.known_digest(state_key(str(ref))) != digest:
-            with contextlib.suppress(OSError):  # only a later run that finds the server down would miss it
-                self._disk.remember_digest(state_key(str(ref)), digest)
-        return self._remember(ref, _Answer(time.monotonic() + self._settings.limits(ref).refresh_s, pinned, digest))
+        if ref == pinned:
+            self._note(ref, digest, listing.template)
+        until = time.monotonic() + self._settings.limits(ref).refresh_s
+        return self._remember(ref, _Answer(until, pinned, digest, listing.template))
 
     def _known_before(self, ref: AdapterRef) -> _Answer | None:
         """What an earlier run left of a pinned reference on this machine."""
         digest = self._disk.known_digest(state_key(str(ref))) if ref.pinned else None
-        return None if digest is None or not self._disk.holds(digest) else _Answer(0.0, ref, digest)
+        noted = self._disk.known_note(state_key(str(ref), "template"))
+        if digest is None or noted is None or not self._disk.holds(digest):
+            return None
+        file, _, version = noted.partition(" ")
+        return _Answer(0.0, ref, digest, TemplateFile(file, version) if file in TEMPLATE_FILES else None)
+
+    def _note(self, ref: AdapterRef, digest: str, template: TemplateFile | None) -> None:
+        """For a later run that finds the server down; only that would miss it."""
+        where = "none" if template is None else f"{template.file} {template.version}"
+        for state, note in ((state_key(str(ref)), digest), (state_key(str(ref), "template"), where)):
+            if self._disk.known_note(state) != note:
+                with contextlib.suppress(OSError):
+                    self._disk.remember_note(state, note)
 
     def _close(self, ref: AdapterRef, known: _Answer | None) -> None:
         """Forget what could be served of the reference: an outage must not open it again."""

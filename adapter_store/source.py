@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
     from adapter_store.load_stats import SourceStats
     from adapter_store.merging_recipe import Merge
+    from adapter_store.template_files import Templates
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
@@ -143,16 +144,27 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateFile:
+    """A file that an adapter's chat template may be in, one of ``TEMPLATE_FILES``, and what tells one state of it from
+    the next."""
+
+    file: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
     """A name that was looked up: where the content is and which content it is.
 
     ``name`` is what the caller asked for. ``ref`` is pinned, to a commit or a digest, unless it is a local folder.
-    ``digest`` identifies the content (see ``digest.content_digest``); every cache is keyed by it.
+    ``digest`` identifies the content (see ``digest.content_digest``); every cache is keyed by it. ``template`` is where
+    a chat template of its own may be, and in which state.
     """
 
     name: str
     ref: AdapterRef
     digest: str
+    template: TemplateFile | None = None
 
 
 def _merge(text: str) -> Merge:
@@ -189,6 +201,10 @@ class AdapterSource(Protocol):
         Raises what ``resolve`` raises, AdapterRefused when the weights file is larger than ``max_weights_bytes``, and
         AdapterChanged when the content is no longer the resolved one.
         """
+        ...
+
+    def templates(self, resolved: ResolvedAdapter) -> Templates:
+        """Read what ``resolved.template`` says. Raises what ``resolve`` raises."""
         ...
 
     def at_hand(self, ref: AdapterRef, digest: str | None) -> bool:

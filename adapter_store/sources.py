@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+from adapter_store.chat_templates import ChatTemplates
 from adapter_store.disk_cache import DiskCache
 from adapter_store.hub_client import HubClient
 from adapter_store.load_stats import SourceStats
@@ -13,6 +14,7 @@ from adapter_store.object_client import ObjectClient
 from adapter_store.remote_source import RemoteSource
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, AdapterSource, ResolvedAdapter
+from adapter_store.template_files import Templates
 
 
 class Sources:
@@ -26,6 +28,7 @@ class Sources:
         self._hub = RemoteSource(settings, hub_client, self.disk)
         self._objects = RemoteSource(settings, ObjectClient(settings), self.disk)
         self._merging = MergingSource(self.of)
+        self.templates = ChatTemplates(self._read_templates, settings.negative_ttl_s)
 
     def of(self, ref: AdapterRef) -> AdapterSource:
         """The source that keeps what ``ref`` names."""
@@ -43,6 +46,11 @@ class Sources:
         """Meanwhile the content of ``ref`` is read with a caller's token, which its source showed it to."""
         return self._hub_tokens.lent(ref, token)
 
+    def forget(self, ref: AdapterRef) -> None:
+        """Have the next look at ``ref`` ask its source, whatever was remembered."""
+        self.of(ref).forget(ref)
+        self.templates.forget(ref)
+
     def stats(self) -> SourceStats:
         """What all of them did so far."""
         read = SourceStats(read=self.disk.reading.totals)
@@ -52,3 +60,10 @@ class Sources:
         """Close all of them."""
         for source in (self._local, self._hub, self._objects):
             source.close()
+
+    def _read_templates(self, resolved: ResolvedAdapter, token: str | None) -> Templates:
+        source = self.of(resolved.ref)
+        if token is None or resolved.ref.source != "hub":
+            return source.templates(resolved)
+        with self._hub_tokens.as_caller(token):
+            return source.templates(resolved)

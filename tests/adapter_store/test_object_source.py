@@ -110,11 +110,25 @@ def test_an_adapter_is_resolved_to_its_content_and_fetched_once(bucket: Bucket, 
 def test_a_later_run_asks_and_downloads_nothing(bucket: Bucket, tmp_path: Path) -> None:
     ref = bucket.publish("shout")
     first = bucket.source(tmp_path).resolve("shout", ref)
-    got = len(bucket.proxy.requests("GET"))
+    objects = f"GET /{bucket.name}/shout/"
+    got = len(bucket.proxy.requests(objects))
     again = bucket.source(tmp_path)
     assert again.resolve("shout", ref) == first
     assert again.fetch(first).digest() == first.digest
-    assert len(bucket.proxy.requests("GET")) == got
+    assert len(bucket.proxy.requests(objects)) == got > 0
+
+
+def test_a_chat_template_is_found_by_one_listing_and_read_again_when_it_changed(bucket: Bucket, tmp_path: Path) -> None:
+    file, store = "chat_template.jinja", bucket.source(tmp_path, refresh_s=0.0)
+    first = store.resolve("shout", bucket.publish("shout"))
+    assert first.template is None
+    assert len(bucket.proxy.requests("HEAD")) == 2 + 2 * 2, "a look, and the download between two of its kind"
+    for text in (b"one", b"two"):
+        found = store.resolve("shout", bucket.publish("shout", {file: text}))
+        assert store.templates(found) == store.templates(found) == {"default": text.decode()}
+        assert found.digest == first.digest
+    assert len(bucket.proxy.requests(f"GET /{bucket.name}/shout/{file}")) == 2
+    assert len(bucket.proxy.requests("list-type")) == 3, "one for each look"
 
 
 def test_a_new_publication_is_picked_up_at_the_next_refresh(bucket: Bucket, tmp_path: Path) -> None:
