@@ -8,12 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from adapter_store.template_files import TEMPLATE_FILE, named_templates
 from engine.request import InvalidRequest
 
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_MARK "
@@ -21,6 +22,10 @@ _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_MARK "
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 # What a template may raise on messages of a shape that it does not expect.
 _RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class BadTemplate(ValueError):
+    """A template that is wrong whatever the messages. The text goes on from "its chat template"."""
 
 
 class _GenerationTag(Extension):
@@ -50,21 +55,28 @@ class ChatTemplate:
     ) -> ChatTemplate:
         """``chat_template.jinja`` and ``additional_chat_templates/*.jinja``, else the configuration's templates."""
         sources: dict[str, str] = {}
-        if (main := folder / "chat_template.jinja").is_file():
+        if (main := folder / TEMPLATE_FILE).is_file():
             sources["default"] = main.read_text(encoding="utf-8")
         for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
             sources[extra.stem] = extra.read_text(encoding="utf-8")
         if not sources:
-            found = config.get("chat_template") or {}
-            if isinstance(found, str):
-                found = {"default": found}
-            sources = dict(found) if isinstance(found, dict) else {one["name"]: one["template"] for one in found}
+            sources = dict(named_templates(config.get("chat_template")))
         return cls(sources, special_tokens, model)
 
     @property
     def text(self) -> str:
         """All templates, for who looks for what they teach the model."""
         return "\n".join(self._sources.values())
+
+    def compile(self) -> None:
+        """Compile all of them. Raises BadTemplate."""
+        for name, source in self._sources.items():
+            try:
+                self._compiled[name] = _environment().from_string(source)
+            except TemplateSyntaxError as error:
+                raise BadTemplate(f"does not compile: line {error.lineno}: {error.message}") from error
+            except (*_RENDER_ERRORS, SyntaxError, MemoryError) as error:  # of Python's compiler, or of constants
+                raise BadTemplate(f"does not compile: {type(error).__name__}: {error}") from error
 
     def render(
         self,

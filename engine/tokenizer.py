@@ -152,7 +152,10 @@ class Tokenizer:
 
         most_tokens: as for ``encode``. options and errors: ``render_chat``'s, and ``encode``'s with param "messages".
         """
-        text = self.render_chat(messages, **options)
+        return self.encode_rendered(self.render_chat(messages, **options), most_tokens)
+
+    def encode_rendered(self, text: str, most_tokens: int | None = None) -> list[int]:
+        """Token ids of a chat that was rendered already, otherwise as ``encode_chat``."""
         return self.encode(text, add_special_tokens=False, most_tokens=most_tokens, param="messages")
 
 
