@@ -31,8 +31,9 @@ _LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-# Endless blanks are valid JSON, and what models fall into: so many are allowed in a row as deep indentation needs.
-_JSON: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\r\t]{1,40}"}
+# Endless blanks are valid JSON, and what models fall into: between two tokens of it there may be two, or two line
+# breaks and an indentation.
+_JSON: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t]{1,2}|(\r?\n){1,2}[ \t]{0,16}"}
 
 
 def check_grammar(grammar: Grammar, param: str = "grammar") -> None:

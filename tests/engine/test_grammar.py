@@ -147,6 +147,23 @@ def test_every_walk_is_of_the_grammar(
         assert len(json.loads(found)) <= 4
 
 
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_json_may_be_indented_but_has_no_endless_blanks(grammars: Grammars, tokenizer: Tokenizer, kind: str) -> None:
+    value = {"a": [1, {"b": [[], 2]}], "c": {}}
+    schema = "" if kind == "json_object" else json.dumps({"type": "object", "properties": {"a": {}, "c": {}}})
+
+    def accepts(text: str) -> bool:
+        state, tokens = grammars.start(Grammar(kind, schema)), tokenizer.encode(text, add_special_tokens=False)  # pyright: ignore[reportArgumentType]
+        return state.matcher.validate_tokens(tokens) == len(tokens)
+
+    for indent in (None, 0, 1, 2, 4, "\t"):
+        assert accepts(json.dumps(value, indent=indent)), indent
+    assert accepts(json.dumps(value, separators=(",", ":")))
+    assert accepts(json.dumps(value, indent=2).replace("\n", "\r\n\n"))
+    for blanks in ("   ", "\n\n\n", "\n" + " " * 17, " \n", "\n \n"):
+        assert not accepts('{"a": [1,' + blanks + "2]}"), blanks
+
+
 def test_states_of_one_grammar_do_not_know_each_other(grammars: Grammars, tokenizer: Tokenizer) -> None:
     grammar = Grammar("choice", '["ab", "ba"]')
     one, other = grammars.start(grammar), grammars.start(grammar)
