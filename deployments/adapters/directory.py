@@ -16,6 +16,7 @@ from adapter_store.merging_recipe import Merge, MergePart
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, ResolvedAdapter
+from adapter_store.template_files import Templates
 from deployments.adapters.declarations import Declaration, Declarations
 from deployments.tenants.caller import Caller
 from deployments.tenants.source_proofs import SourceProofs
@@ -159,6 +160,20 @@ class AdapterDirectory:
             return recalled
         owner, look_up = named.ref.owner, self.catalog.resolve_ref
         return await asyncio.wrap_future(self._network_threads.submit(owner, look_up, named.name, named.ref))
+
+    async def templates(self, adapter: ResolvedAdapter, caller: Caller) -> Templates:
+        """The chat templates that an adapter ships, which ``resolve`` found for this caller; empty where it ships none.
+
+        Raises AdapterRefused for what cannot be read, AdapterNotFound or AdapterUnavailable.
+        """
+        shipped = self.catalog.sources.templates
+        known = shipped.recall(adapter)
+        if known is not None:
+            return known
+        if adapter.ref.source == "local":
+            return await self.in_text_pool(shipped.get, adapter)
+        token = caller.token_for(adapter.name)
+        return await asyncio.wrap_future(self._network_threads.submit(adapter.ref.owner, shipped.get, adapter, token))
 
     async def _part(self, whole: NamedAdapter, part: MergePart) -> ResolvedAdapter:
         assert part.ref is not None

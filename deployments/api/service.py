@@ -16,8 +16,9 @@ from typing import Any
 
 from adapter_store.errors import AdapterChanged
 from adapter_store.merging_recipe import MARK, Merge
-from adapter_store.source import AdapterRef, ResolvedAdapter
+from adapter_store.source import ResolvedAdapter
 from deployments.adapters.directory import AdapterDirectory
+from deployments.api.chat_prompts import ChatPrompts
 from deployments.api.generation import Generation
 from deployments.api.tool_formats import tool_format
 from deployments.fleet import Generator
@@ -90,7 +91,8 @@ class CompletionService:
         self._telemetry = telemetry or Telemetry()
         self.admissions = admissions or Admissions()
         self._started = int(time.time())
-        self._tool_format = tool_format(tool_form, self.tokenizer.template.text)
+        self._tool_form = tool_form
+        self.chat_prompts = ChatPrompts(self.tokenizer, directory, max_model_len)
         self._fingerprint = f"fp_{_content_hash(model_folder)}"
 
     async def start(self, body: CompletionBody | ChatBody, *, stream: bool, caller: Caller) -> Generation:
@@ -140,7 +142,14 @@ class CompletionService:
                 "logit_bias",
                 f"logit_bias names token {unknown[0]} but {self.tokenizer.name} has {self.tokenizer.vocab_size}",
             )
-        adapter, prompts = await asyncio.gather(self.resolve(body.model, caller, record), self.encode(body))
+        template = ""
+        if isinstance(body, ChatBody):
+            adapter = await self.resolve(body.model, caller, record)
+            prompt, template = await self.chat_prompts.encode(body, adapter, caller)
+            prompts = [prompt]
+        else:
+            encode = self.directory.in_text_pool(self._prompts, body)
+            adapter, prompts = await asyncio.gather(self.resolve(body.model, caller, record), encode)
         if (wanted := body.wanted()) is not None:
             await self.directory.in_text_pool(partial(check_grammar, wanted.grammar, wanted.param))
         lengths = [
@@ -179,7 +188,7 @@ class CompletionService:
             fingerprint=self._fingerprint if adapter is None else f"{self._fingerprint}_{adapter.digest[:10]}",
             echoes=[echo for echo in echoes for _ in range(asked)],
             token_bytes=self.tokenizer.token_bytes,
-            tool_format=self._tool_format,
+            tool_format=tool_format(self._tool_form, template),
         )
         try:
             await generation.begin()
@@ -188,10 +197,6 @@ class CompletionService:
                 raise
             raise invalid(wanted.param, str(error), code=error.code) from error  # what the client calls it
         return generation
-
-    async def encode(self, body: CompletionBody | ChatBody) -> list[list[int]]:
-        """The token ids that each of its prompts is. Raises InvalidRequest."""
-        return await self.directory.in_text_pool(self._prompts, body)
 
     async def models(self, caller: Caller) -> dict[str, Any]:
         """The base model and every adapter that has a name, as OpenAI's list, as far as the caller may use them."""
@@ -205,7 +210,8 @@ class CompletionService:
         return self._base_object() if adapter is None else self._adapter_object(name)
 
     def close(self) -> None:
-        """Give threads and connections back."""
+        """Give threads, processes and connections back."""
+        self.chat_prompts.close()
         self.directory.close()
 
     async def recorded(
@@ -250,10 +256,8 @@ class CompletionService:
         record.adapter = "" if adapter is None else adapter.digest
         return adapter
 
-    def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
+    def _prompts(self, body: CompletionBody) -> list[list[int]]:
         most = self.max_model_len
-        if isinstance(body, ChatBody):
-            return [self.tokenizer.encode_chat(body.plain_messages(), most, **body.template_arguments())]
         return [self.tokenizer.encode(p, most_tokens=most) if isinstance(p, str) else p for p in body.prompts()]
 
     def _echoes(self, body: CompletionBody, prompts: Sequence[Sequence[int]]) -> list[Echo]:
@@ -293,8 +297,7 @@ def row(
         adapter_digest=None if adapter is None else adapter.digest,
         tenant=caller.counts_as(user),
         share=caller.tenant.weight,
-        # Not for the operator's names, whose sources are not the caller's.
-        api_token=caller.api_token if adapter is not None and AdapterRef.is_meant(adapter.name) else None,
+        api_token=None if adapter is None else caller.token_for(adapter.name),
         pooling=pooling,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from adapter_store.source import ResolvedAdapter
 from deployments.api.openapi import GENERATES, answers
 from deployments.api.service import CompletionService
 from deployments.protocol.answers import Tokens, TokensText
@@ -21,20 +22,18 @@ def add_tokenize_routes(app: FastAPI, service: CompletionService) -> None:
     in_pool, tokenizer = service.directory.in_text_pool, service.tokenizer
 
     @asynccontextmanager
-    async def admitted(caller: Caller, model: str | None) -> AsyncGenerator[None]:
+    async def admitted(caller: Caller, model: str | None) -> AsyncGenerator[ResolvedAdapter | None]:
         """Such a request counts as one, of no tokens: they are the model's, and it has nothing to do with it."""
         async with service.admissions.admitted(caller) as admission:
-            if model is not None:
-                await service.directory.resolve(model, caller)
-            yield
+            yield None if model is None else await service.directory.resolve(model, caller)
             admission.leave(0)
 
     @app.post("/tokenize", response_model=None, responses=answers(Tokens, *GENERATES))
     async def tokenize(body: TokenizeBody, caller: CallerOf) -> dict[str, Any]:
         """A prompt whose bytes alone show that no context holds it is refused, as it would be everywhere else."""
-        async with admitted(caller, body.model):
+        async with admitted(caller, body.model) as adapter:
             if body.prompt is None:
-                (tokens,) = await service.encode(body.chat(service.base_model))
+                tokens, _ = await service.chat_prompts.encode(body.chat(service.base_model), adapter, caller)
             else:
                 tokens = await in_pool(_encode, service, body.prompt, body.add_special_tokens is not False)
             spelled = await in_pool(tokenizer.spelled, tokens) if body.return_token_strs else None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 
+from adapter_store.source import AdapterRef
 from deployments.tenants.tenant import Tenant
 
 Role = Literal["anyone", "tenant", "admin"]
@@ -31,6 +32,10 @@ class Caller:
         """Whose service a request counts as. ``user`` (OpenAI's field) is who its sender says it is: where there are
         keys nobody may say so, neither to pose as another tenant nor to be many at once."""
         return self.tenant.name or user or ""
+
+    def token_for(self, name: str) -> str | None:
+        """With which what this name leads to is read; none for an operator's name, whose source is not the caller's."""
+        return self.api_token if AdapterRef.is_meant(name) else None
 
 
 def operator() -> Caller:
