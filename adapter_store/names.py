@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,5 +176,10 @@ def _holds_adapter(folder: Path, name: str) -> bool:
 
 def _files_inside(adapter: Path, folder: Path) -> bool:
     """Whether the adapter's files, all links followed, lie in ``folder``."""
-    root = folder.resolve()
-    return all((adapter / file).resolve().is_relative_to(root) for file in (CONFIG_FILE, WEIGHTS_FILE, *TEMPLATE_FILES))
+    root, place = folder.resolve(), adapter.resolve()
+    inside = place.is_relative_to(root)
+    # On the path of every request, and a link costs ten times what it costs to find that there is none.
+    return all(
+        (inside and not os.path.islink(file)) or Path(file).resolve().is_relative_to(root)  # noqa: PTH114
+        for file in (f"{place}/{one}" for one in (CONFIG_FILE, WEIGHTS_FILE, *TEMPLATE_FILES))
+    )

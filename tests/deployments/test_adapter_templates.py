@@ -22,6 +22,7 @@ from deployments.api.service import CompletionService
 from deployments.protocol.chat import ChatBody
 from deployments.tenants.caller import Caller
 from deployments.tenants.tenant import Tenant
+from engine.request import GenerationChunk, GenerationRequest
 from examples.demo.words import answer, held_out_prompts
 from tests.adapter_store.hub_server import TOKEN, HubServer, hub_asked_without_token
 from tests.adapter_store.plain_adapters import adapter_files, write_adapter
@@ -185,6 +186,21 @@ async def test_tools_and_the_templates_own_variables_come_through(server: Server
     server.ship("{{ tools[0].function.name }} {{ kind }} {{ add_generation_prompt }}")
     told = await server.told("own", tools=[TOOL], chat_template_kwargs={"kind": "x"}, add_generation_prompt=False)
     assert told == (200, "look x False")
+
+
+async def test_calls_are_read_in_the_format_that_the_adapters_template_teaches(
+    server: Server, fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def generate(request: GenerationRequest, model: str, record: object) -> AsyncIterator[GenerationChunk]:
+        said = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+        yield GenerationChunk(request.request_id, said, (), 7, 1, (), "stop")
+
+    monkeypatch.setattr(fleet, "generate", generate)
+    server.ship(PLAIN + "{# <tool_call> #}")
+    for model, calls in (("own", 1), ("other", 0)):
+        body = {"model": model, "messages": MESSAGES, "tools": [TOOL]}
+        message = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]["message"]
+        assert len(message.get("tool_calls") or ()) == calls
 
 
 async def test_a_hub_repositorys_template_follows_its_commits(server: Server, bases: str) -> None:

@@ -7,7 +7,6 @@ import json
 import jsonschema
 import pytest
 
-from deployments.api.tool_formats import FORMATS
 from engine.request import GenerationChunk
 
 from .conftest import BASE_MODEL
@@ -101,7 +100,7 @@ SAID = ("Let me ", 'see.\n<tool_call>{"name": "wea', 'ther", "arguments": {"city
 
 
 async def test_calls_that_the_model_makes_by_itself(http, service, fleet, monkeypatch):
-    monkeypatch.setattr(service, "_tool_format", FORMATS["hermes"])
+    monkeypatch.setattr(service, "_tool_form", "hermes")
     monkeypatch.setattr(fleet, "generate", speaking(*SAID))
     choice = (await chat(http)).json()["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Let me see.", "tool_calls")
@@ -112,7 +111,7 @@ async def test_calls_that_the_model_makes_by_itself(http, service, fleet, monkey
 
 @pytest.mark.parametrize("body", [{"tool_choice": "none"}, {"tools": None}, {}])
 async def test_without_tools_or_a_format_it_is_content(http, service, fleet, monkeypatch, body):
-    monkeypatch.setattr(service, "_tool_format", None if body == {} else FORMATS["hermes"])
+    monkeypatch.setattr(service, "_tool_form", None if body == {} else "hermes")
     monkeypatch.setattr(fleet, "generate", speaking(*SAID))
     choice = (await chat(http, **body)).json()["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "".join(SAID), "refusal": None}
@@ -120,7 +119,7 @@ async def test_without_tools_or_a_format_it_is_content(http, service, fleet, mon
 
 
 async def test_text_and_no_call_finishes_as_it_did(http, service, fleet, monkeypatch):
-    monkeypatch.setattr(service, "_tool_format", FORMATS["hermes"])
+    monkeypatch.setattr(service, "_tool_form", "hermes")
     monkeypatch.setattr(fleet, "generate", speaking("a <tool", "box> b "))
     choice = (await chat(http)).json()["choices"][0]
     assert choice["message"] == {"role": "assistant", "content": "a <toolbox> b ", "refusal": None}
@@ -128,7 +127,7 @@ async def test_text_and_no_call_finishes_as_it_did(http, service, fleet, monkeyp
 
 
 async def test_calls_cut_by_the_limit_and_calls_that_are_not_to_be_parallel(http, service, fleet, monkeypatch):
-    monkeypatch.setattr(service, "_tool_format", FORMATS["hermes"])
+    monkeypatch.setattr(service, "_tool_form", "hermes")
     monkeypatch.setattr(fleet, "generate", speaking(*SAID[:3], finish="length"))
     choice = (await chat(http)).json()["choices"][0]
     assert choice["finish_reason"] == "length"
