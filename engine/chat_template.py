@@ -44,7 +44,7 @@ class ChatTemplate:
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], model: str) -> None:
         """sources: template name -> Jinja text. special_tokens: ``bos_token`` and so on, visible to the templates."""
-        self._sources = dict(sources)
+        self.sources = dict(sources)
         self._special_tokens = dict(special_tokens)
         self._model = model
         self._compiled: dict[str, Template] = {}
@@ -66,11 +66,11 @@ class ChatTemplate:
     @property
     def text(self) -> str:
         """All templates, for who looks for what they teach the model."""
-        return "\n".join(self._sources.values())
+        return "\n".join(self.sources.values())
 
     def compile(self) -> None:
         """Compile all of them. Raises BadTemplate."""
-        for name, source in self._sources.items():
+        for name, source in self.sources.items():
             try:
                 self._compiled[name] = _environment().from_string(source)
             except TemplateSyntaxError as error:
@@ -119,16 +119,16 @@ class ChatTemplate:
         return _cut_at_mark(text) if continue_final_message else text
 
     def _choose(self, has_tools: bool) -> Template:
-        name = "tool_use" if has_tools and "tool_use" in self._sources else "default"
-        if name not in self._sources:
-            others = f"; it has {', '.join(sorted(self._sources))} but no default" if self._sources else ""
+        name = "tool_use" if has_tools and "tool_use" in self.sources else "default"
+        if name not in self.sources:
+            others = f"; it has {', '.join(sorted(self.sources))} but no default" if self.sources else ""
             raise InvalidRequest(
                 f"model {self._model} has no chat template{others}: use /v1/completions, or put a "
                 "chat_template.jinja into the model's folder",
                 "messages",
             )
         if name not in self._compiled:
-            self._compiled[name] = _environment().from_string(self._sources[name])
+            self._compiled[name] = _environment().from_string(self.sources[name])
         return self._compiled[name]
 
 

@@ -48,7 +48,8 @@ class TemplateProcess:
     ) -> str:
         """What ``ChatTemplate(templates, special_tokens, model).render(messages, **options)`` returns.
 
-        Raises as it does, and BadTemplate for a template that does not compile or goes over a limit.
+        Raises as it does, BadTemplate for a template that does not compile or goes over a limit, and RuntimeError where
+        the process cannot run.
         """
         asked = json.dumps([templates, special_tokens, model, messages, options]).encode()
         with self._lock:
@@ -79,12 +80,12 @@ class TemplateProcess:
             process.stdin.flush()
         line = process.stdout.readline()
         if not line.endswith(b"\n"):
-            process.kill()
-            process.wait()
+            self._process = None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             process.stdout.close()
-            self._process = None
+            if process.wait() > 0:  # else a signal ended it, which is what limits do
+                raise RuntimeError(f"a process for chat templates ended with exit status {process.returncode}")
         return line
 
 
@@ -132,5 +133,9 @@ def _answer(compiled: OrderedDict[str, ChatTemplate], line: bytes) -> list[str |
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    _serve()
+    with contextlib.suppress(ValueError):  # not every system has this limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    try:
+        _serve()
+    except MemoryError:
+        signal.raise_signal(signal.SIGKILL)

@@ -46,7 +46,8 @@ class ChatPrompts:
         templates = {} if adapter is None else await self._directory.templates(adapter, caller)
         messages, options, most = body.plain_messages(), body.template_arguments(), self._max_model_len
         in_pool, tokenizer = self._directory.in_text_pool, self._tokenizer
-        if adapter is None or not templates:
+        # Many adapters were saved with a copy of the base model's, which is trusted.
+        if adapter is None or not templates or templates == tokenizer.template.sources:
             ids = await in_pool(lambda: tokenizer.encode_chat(messages, most, **options))
             return ids, tokenizer.template.text
         text = await self._render(adapter, templates, messages, options, caller.tenant.name)

@@ -98,6 +98,12 @@ async def test_an_adapters_template_is_used_for_its_chats_and_for_nobody_elses(s
     assert await server.told(f"merge:{json.dumps(merged)}") == (200, bases), "a merge has none of its own"
 
 
+async def test_a_copy_of_the_base_models_template_needs_no_process(server: Server, bases: str) -> None:
+    server.ship((DEMO / "model" / "chat_template.jinja").read_text())
+    assert await server.told("own") == (200, bases)
+    assert server.service.chat_prompts._processes == []
+
+
 async def test_its_answers_are_those_to_the_text_that_it_makes(server: Server) -> None:
     server.copy("shout")
     server.ship(PLAIN, "shout")

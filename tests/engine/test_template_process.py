@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import template_process
 from engine.chat_template import BadTemplate, ChatTemplate
 from engine.request import InvalidRequest
 from engine.template_process import TemplateProcess
@@ -96,6 +97,13 @@ def test_this_servers_credentials_are_not_in_the_process(monkeypatch: pytest.Mon
             assert b"hf_a_secret" not in environment.read_bytes()
     finally:
         process.close()
+
+
+def test_a_process_that_cannot_start_is_no_templates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "_ENVIRONMENT", ("PYTHONHOME",))
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    with pytest.raises(RuntimeError, match="exit status 1"):
+        render(TemplateProcess(), PLAIN)
 
 
 def test_a_process_that_was_killed_is_replaced(process: TemplateProcess) -> None:
