@@ -14,10 +14,20 @@ from deployments.protocol.tools import MOST_TOOLS, Tool
 _MODEL = Field(None, max_length=1024, description="The base model's name (default) or an adapter's.")
 
 
+def _one_of_both(schema: dict[str, Any]) -> None:
+    """For the OpenAPI document alone."""
+    text, chat = {"prompt": {"type": "string"}}, {"messages": {"type": "array"}}
+    none = {"prompt": {"type": "null"}}, {"messages": {"type": "null"}}
+    schema["anyOf"] = [
+        {"required": ["prompt"], "properties": text | none[1]},
+        {"required": ["messages"], "properties": chat | none[0] | {"add_special_tokens": {"enum": [False, None]}}},
+    ]
+
+
 class TokenizeBody(BaseModel):
     """A text (``prompt``), or a chat as ``/v1/chat/completions`` takes it (``messages``)."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=_one_of_both)
 
     model: str | None = _MODEL
     prompt: str | None = None
