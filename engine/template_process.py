@@ -135,6 +135,8 @@ def _answer(compiled: OrderedDict[str, ChatTemplate], line: bytes) -> list[str |
 if __name__ == "__main__":
     with contextlib.suppress(ValueError):  # not every system has this limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whatever the one who starts this does with it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     try:
         _serve()
     except MemoryError:

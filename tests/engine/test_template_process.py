@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +23,11 @@ PLAIN = "{{ messages[-1].content }}"
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[TemplateProcess]:
+    """Started where signals are blocked, as a thread of somebody's may have them."""
     made = TemplateProcess()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
     yield made
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     made.close()
 
 
