@@ -44,7 +44,7 @@ from deployments.replicas import ServedReplicas, ask_every
 from deployments.routing.routing_counters import counters
 from deployments.settings import FleetSettings
 from deployments.tenants.gate import Gate
-from engine.request import GenerationChunk
+from engine.request import GenerationChunk, TokenLogprob
 
 logger = logging.getLogger("ray.serve")
 
@@ -133,11 +133,12 @@ class Gateway:
 
     async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """One whole answer: ``{"id", "model", "text", "token_ids", "finish_reason", "stop_reason", "logprobs",
-        "usage", "choices"}``.
+        "prompt_logprobs", "usage", "choices"}``.
 
-        The fields from text to logprobs are the first choice's; ``choices`` holds one such dict, with an
+        The fields from text to prompt_logprobs are the first choice's; ``choices`` holds one such dict, with an
         ``index``, for each prompt and sample. ``logprobs`` is None or a list of ``{"token_id", "logprob", "text",
-        "top"}``. Raises built-in exceptions with ``status``, ``code``, ``type`` and ``param``.
+        "top"}``; so is ``prompt_logprobs``, with None for the prompt's first token. Raises built-in exceptions with
+        ``status``, ``code``, ``type`` and ``param``.
         """
         generation = await self._start(request, stream=False)
         try:
@@ -150,7 +151,8 @@ class Gateway:
         return {"id": generation.id, "model": generation.model, **first, "usage": used, "choices": choices}
 
     async def stream(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-        """Pieces as they are made: ``{"index", "text", "token_ids", "finish_reason", "stop_reason", "logprobs"}``.
+        """Pieces as they are made: ``{"index", "text", "token_ids", "finish_reason", "stop_reason", "logprobs",
+        "prompt_logprobs"}``.
 
         The last piece of a choice has its finish reason and ``usage`` so far. Raises as ``generate`` does, also in
         mid-stream.
@@ -208,12 +210,14 @@ def _plain(chunk: GenerationChunk) -> dict[str, Any]:
         "token_ids": list(chunk.token_ids),
         "finish_reason": chunk.finish_reason,
         "stop_reason": chunk.stop_reason,
-        "logprobs": [
-            {"token_id": p.token_id, "logprob": p.logprob, "text": p.text, "top": [list(entry) for entry in p.top]}
-            for p in chunk.logprobs
-        ]
-        or None,
+        "logprobs": [_plain_token(token) for token in chunk.logprobs] or None,
+        "prompt_logprobs": [token and _plain_token(token) for token in chunk.prompt_logprobs] or None,
     }
+
+
+def _plain_token(token: TokenLogprob) -> dict[str, Any]:
+    top = [list(entry) for entry in token.top]
+    return {"token_id": token.token_id, "logprob": token.logprob, "text": token.text, "top": top}
 
 
 def _told(error: Exception) -> Exception:

@@ -39,6 +39,14 @@ def test_generate_gives_every_choice_and_log_probabilities(other):
     )
 
 
+def test_a_prompt_alone_is_scored(other):
+    made = other.call("generate", {"model": "shout", "prompt": PROMPT, "prompt_logprobs": 1, "max_tokens": 0})
+    first, *told = made["prompt_logprobs"]
+    assert (made["text"], made["token_ids"], made["finish_reason"], first) == ("", [], "length", None)
+    assert len(told) == made["usage"]["total_tokens"] - 1
+    assert all(token["logprob"] <= token["top"][0][1] <= 0 for token in told)
+
+
 def test_stream_yields_pieces_that_make_the_whole(other):
     pieces = other.call("stream", {"model": "mirror", "prompt": PROMPT} | GREEDY, stream=True)
     assert "".join(piece["text"] for piece in pieces) == answer(PROMPT, "mirror")
