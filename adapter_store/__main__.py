@@ -1,11 +1,12 @@
-"""``python -m adapter_store``: adapters looked at, packed, listed and fetched. See ``deployments.adapters.command``.
+"""``python -m adapter_store``: adapters looked at, packed, listed and fetched.
 
-Alone of this package it stands above all the others: what it says must be what a server with the same settings does.
+The command itself is ``deployments.adapters.command``, above all packages, as what it says must be what a server with
+the same settings does; this package knows nothing of it.
 """
 
 from __future__ import annotations
 
-from deployments.adapters.command import main
+import runpy
 
 if __name__ == "__main__":
-    main()
+    runpy.run_module("deployments.adapters.command", run_name="__main__")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapter_store.errors import AdapterRefused
+from engine.host_copy import to_host
 from engine.request import GenerationFailed
 from engine.scheduler import PlannedRow
 from engine.sequence import Sequence
@@ -79,10 +80,3 @@ def not_finite(sequence: Sequence) -> Exception:
         sequence.request.adapter,
         f"{where}: its weights make the model overflow; check its scale and how it was trained",
     )
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy under way to pinned memory; the tensor itself on a CPU."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.flight import to_host
+from engine.host_copy import to_host
 from engine.request import GenerationChunk, GenerationRequest, TokenLogprob
 from kernels.sampling import log_probs
 
 if TYPE_CHECKING:
-    from engine.scheduler import StepPlan
-    from engine.sequence import Sequence
     from engine.tokenizer import Tokenizer
 
 # Logits at once, 160 MiB with what a softmax over them takes: 130 tokens of Llama 3's 128 256. A prompt's would be
@@ -133,21 +131,3 @@ def reading_for(request: GenerationRequest) -> PromptReading | None:
         return PromptEmbedding(request)
     top = request.sampling.prompt_logprobs
     return None if top is None else PromptLogprobs(request, top)
-
-
-def read_prompts(plan: StepPlan, hidden: Tensor, lm_head: Tensor) -> tuple[Sequence, ...]:
-    """Let those that read their prompts do so, before the next step is launched.
-
-    hidden: (tokens, hidden_size) of the plan's chunks, one after the other. Returns the sequences that draw nothing
-    and are done with this step.
-    """
-    place = 0
-    done: list[Sequence] = []
-    for row in plan.rows[plan.num_decode :]:
-        sequence, count = row.sequence, row.end - row.start
-        if sequence.reading is not None:
-            sequence.reading.take(hidden[place : place + count], row.start, lm_head)
-        if not sequence.draws and row.end == len(sequence.tokens):
-            done.append(sequence)
-        place += count
-    return tuple(done)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from adapter_store.slots import SlotPool
 from engine.batch import step_inputs
 from engine.changed_rows import ChangedRows
 from engine.flight import Flight
 from engine.model import DecoderModel
-from engine.prompt_reading import read_prompts
 from engine.scheduler import StepPlan
+from engine.sequence import Sequence
 from engine.step import Drawn, KVCache, LoraState
 from engine.step_graphs import StepGraphs
 from engine.step_shapes import StepShape
@@ -55,17 +56,17 @@ class Runner:
             self._drawn[: len(rows)].copy_(drawn.ids)
         if self.slots is not None:
             self.slots.step_done()
-        flight = Flight(rows, drawn, read_prompts(plan, drawn.hidden, self.model.lm_head))
+        flight = Flight(rows, drawn, _read_prompts(plan, drawn.hidden, self.model.lm_head))
         places = iter(drawn.places)
         for row in plan.rows:
             row.sequence.launched(row.end, next(places) if row.samples else None)
         return flight
 
-    def capture(self, shapes: Sequence[StepShape], max_pages: int) -> None:
+    def capture(self, shapes: Many[StepShape], max_pages: int) -> None:
         """Run steps that fit into ``shapes`` through graphs from now on. To be called again when ``kv`` is replaced."""
         self.graphs = StepGraphs(self.model, self.kv, self.lora, self.changed.state, self._drawn, shapes, max_pages)
 
-    def poison(self, pages: Sequence[int]) -> None:
+    def poison(self, pages: Many[int]) -> None:
         """Fill pages with NaN."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.model.device)
         for cache in (*self.kv.keys, *self.kv.values):
@@ -80,3 +81,21 @@ class Runner:
         return Drawn(
             *sampling.draw(logits, self.changed.state), logits, hidden[plan.num_decode :], range(logits.shape[0])
         )
+
+
+def _read_prompts(plan: StepPlan, hidden: Tensor, lm_head: Tensor) -> tuple[Sequence, ...]:
+    """Let those that read their prompts do so, before the next step is launched.
+
+    hidden: (tokens, hidden_size) of the plan's chunks, one after the other. Returns the sequences that draw nothing
+    and are done with this step.
+    """
+    place = 0
+    done: list[Sequence] = []
+    for row in plan.rows[plan.num_decode :]:
+        sequence, count = row.sequence, row.end - row.start
+        if sequence.reading is not None:
+            sequence.reading.take(hidden[place : place + count], row.start, lm_head)
+        if not sequence.draws and row.end == len(sequence.tokens):
+            done.append(sequence)
+        place += count
+    return tuple(done)

@@ -126,3 +126,7 @@ def _short(key: str, value: Any) -> str:
     if key.endswith("bytes") and value is not None:
         return f"{value / 2**20:.1f} MiB"
     return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()
