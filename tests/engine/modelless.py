@@ -10,7 +10,6 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
-from collections.abc import Sequence as Rows
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from engine.output import OutputQueue
 from engine.parts import EngineParts
 from engine.request import GenerationRequest, SamplingParams
 from engine.residents import ResidentAdapters
-from engine.scheduler import PlannedRow, StepPlan
+from engine.scheduler import StepPlan
 from engine.sequence import Sequence
 from engine.settings import EngineSettings
 from engine.step_loop import StepLoop
@@ -53,8 +52,10 @@ class Adapters:
 
 
 class _Flight:
-    def __init__(self, rows: Rows[PlannedRow]) -> None:
-        self.rows, self.pooled = rows, ()
+    def __init__(self, plan: StepPlan) -> None:
+        self.rows = [row for row in plan.rows if row.samples]
+        ends = [row.sequence for row in plan.rows if row.end == len(row.sequence.tokens)]
+        self.undrawn = tuple(sequence for sequence in ends if not sequence.draws)
 
     def read(self) -> list[SampledToken]:
         return [SampledToken(7 + row.end % 50) for row in self.rows]
@@ -91,11 +92,11 @@ class CheckingRunner:
                 else:
                     self._kv[at] = own
             self.served[sequence.tenant] += row.samples
-        drawn = [row for row in plan.rows if row.samples]
-        places = iter(range(len(drawn)))
+        flight = _Flight(plan)
+        places = iter(range(len(flight.rows)))
         for row in plan.rows:
             row.sequence.launched(row.end, next(places) if row.samples else None)
-        return _Flight(drawn)
+        return flight
 
 
 class ModellessEngine:
