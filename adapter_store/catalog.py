@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
+from adapter_store.merging_recipe import Merge
 from adapter_store.names import AdapterNames, NamedAdapter
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef, ResolvedAdapter
@@ -90,8 +91,12 @@ class Catalog:
 
     def known_digest(self, ref: AdapterRef) -> str | None:
         """What ``ref`` meant when it was last resolved here; None when it was not. Asks nobody."""
+        ref = self.rooted(ref)
+        if ref.source == "merge":  # follows from what its parts are
+            merge = Merge.of(ref)
+            return merge.digest_of([None if part.ref is None else self.known_digest(part.ref) for part in merge.parts])
         with self._lock:
-            return self._known.get(self.rooted(ref))
+            return self._known.get(ref)
 
     def forget(self, ref: AdapterRef) -> None:
         """Have the next ``resolve`` of this reference ask its source, whatever was remembered."""

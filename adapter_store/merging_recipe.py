@@ -135,6 +135,11 @@ class Merge:
         parts = [[part.digest, float(part.weight)] for part in self.parts]
         return hashlib.sha256(f"merge {_json({'parts': parts, **how})}\n".encode()).hexdigest()
 
+    def digest_of(self, parts: Sequence[str | None]) -> str | None:
+        """The content's identity when these are the parts' digests; None while one is unknown."""
+        pairs = zip(self.parts, parts, strict=True)
+        return replace(self, parts=tuple(replace(part, digest=digest) for part, digest in pairs)).digest
+
     def located(self, find: Callable[[MergePart], AdapterRef]) -> Merge:
         """The same with every part where ``find`` says it is, named as its client calls it, and without digests."""
         return replace(self, parts=tuple(MergePart(part.called, part.weight, find(part)) for part in self.parts))

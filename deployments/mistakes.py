@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,10 +25,13 @@ def unknown(known: list[str]) -> str:
 
 
 def _keys(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys of the section at ``path``."""
+    """The keys of the section at ``path``, which may lead through a mapping of names to sections."""
+    here: Any = model
     for part in path:
-        inner = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            here = here.model_fields[part].annotation if part in here.model_fields else None
+        else:
+            here = next(iter(get_args(here)[1:]), None)
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            model = here
     return sorted(model.model_fields)

@@ -36,7 +36,8 @@ def memory(plan: MemoryPlan, settings: EngineSettings, spec: ModelSpec) -> Itera
     yield f"  weights                      {_gib(plan.weights)}"
     for rank, count in settings.slots:
         each = plan.slots[rank] / count / 2**20
-        yield f"  {count} slots of rank {rank:<15}{_gib(plan.slots[rank])}   {each:.1f} MiB each"
+        label = f"  {count} slots of rank {rank}"
+        yield f"{label:<31}{_gib(plan.slots[rank])}   {each:.1f} MiB each"
     yield f"  one step                     {_gib(plan.step)}   (estimated; the engine measures it at its start)"
     context = spec.context(settings.max_model_len)
     if plan.pages < 1:
@@ -51,6 +52,8 @@ def memory(plan: MemoryPlan, settings: EngineSettings, spec: ModelSpec) -> Itera
         f"KV cache: {plan.tokens} tokens, {plan.tokens // settings.max_rows} for each of {settings.max_rows} rows; "
         f"{plan.tokens / context:.1f} contexts of {context}"
     )
+    if settings.num_pages is None and plan.tokens >= settings.max_rows * context:
+        yield f"{settings.max_rows} rows can fill no more: the rest of the memory has room for more rows or slots"
 
 
 def demand(arguments: argparse.Namespace, plan: MemoryPlan, settings: EngineSettings, spec: ModelSpec) -> Iterator[str]:

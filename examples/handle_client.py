@@ -3,7 +3,8 @@
     .venv/bin/python examples/handle_client.py                 # on the machine where `serve run serve_config.yaml` runs
     RAY_ADDRESS=<head>:6379 .venv/bin/python examples/handle_client.py
 
-The process needs Ray and nothing else of the server. RAY_AUTH_MODE must be set as it is for the server.
+The process needs Ray and nothing else of the server. RAY_AUTH_MODE must be what it is for the server, or a call waits
+for ever; ``make serve`` and the scripts in ``examples/cluster`` say "disabled" unless told otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # before Ray is imported, which reads it
 
 import ray
 from ray import serve

@@ -86,6 +86,7 @@ class ChatBody(GenerationBody):
 
     unsupported_fields = {  # noqa: RUF012
         **_UNSUPPORTED,
+        "chat_template": (),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),

@@ -342,6 +342,31 @@ async def test_an_adapter_published_anew_is_taken_up_on_refresh_and_a_pin_follow
     assert gateway.fleet.engine.parts.slots.pinned == (refreshed.json()["digest"],)
 
 
+async def test_a_declared_merge_is_shown_pinned_and_refreshed_like_any_adapter(gateway: Gateway, published):
+    loud, twin = published("loud", like="shout"), published("twin", like="shout")
+
+    def merge(*folders: Path) -> str:
+        parts = [{"ref": local(folder), "weight": 1 / len(folders)} for folder in folders]
+        return "merge:" + json.dumps({"adapters": parts, "strategy": "linear"})
+
+    made = await gateway.http.post("/v1/adapters", json={"name": "blend", "reference": merge(loud, twin)})
+    assert made.status_code == 201, made.text
+    assert (made.json()["state"], made.json()["rank"]) == ("resident", 4)
+    digest = made.json()["digest"]
+    assert digest in gateway.fleet.adapters.held()["slots"]
+    assert await gateway.text("blend") == answer(PROMPT, "shout")
+    pinned = await gateway.http.post("/v1/adapters/blend:pin")
+    assert (pinned.json()["pinned"], pinned.json()["slots"]) == (True, ["local"])
+    assert digest in gateway.fleet.engine.parts.slots.pinned
+    published("twin", like="shout", lora_alpha=1)
+    refreshed = (await gateway.http.post("/v1/adapters/blend:refresh")).json()
+    assert refreshed["previous_digest"] == digest != refreshed["digest"]
+    assert refreshed["slots"] == ["local"]
+    assert (await gateway.http.delete("/v1/adapters/blend")).status_code == 200
+    held = gateway.fleet.adapters.held()
+    assert refreshed["digest"] not in {*held["slots"], *held["host"]}
+
+
 async def test_prefetch_brings_an_adapter_to_its_replica_before_anybody_asks(gateway: Gateway, published):
     await declare(gateway, "early", published("early", like="json"))
     await gateway.fleet.adapters.unload((await gateway.http.get("/v1/adapters/early")).json()["digest"], 0.0)

@@ -193,6 +193,7 @@ CALLED = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "f
         ({"messages": [*ASKED, CALLED]}, "messages[1].tool_calls[0].function.arguments"),
         ({"messages": [*ASKED, {"role": "tool", "content": "rain"}]}, "messages[1]"),
         ({"functions": [{"name": "f"}]}, "functions"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
     ],
 )
 async def test_what_is_wrong_is_refused_by_name(http, body, param):

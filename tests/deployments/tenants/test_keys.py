@@ -46,7 +46,7 @@ SECRET = "lf-this-is-a-key-in-clear"
         (f"tenants: {{acme: {{keys: [{SECRET}]}}}}", "tenants.acme.keys.0: a key is given as its hash"),
         (f"admin: [{SECRET}\ntenants:", "it is no YAML in line 2"),
         (f"admin: {SECRET}", "admin: Input should be a valid list"),
-        (f"tenants: {{acme: {{keys: [], {SECRET}: 1}}}}", "unknown key"),
+        (f"tenants: {{acme: {{keys: [], {SECRET}: 1}}}}", "unknown key; known are adapters, base_model"),
         (f"{{tenants: {{acme: {{keys: [], weight: {SECRET}}}}}}}", "tenants.acme.weight"),
         ("tenants: {acme: {keys: [], requests_per_minute: 0}}", "tenants.acme.requests_per_minute"),
         ("tenants: {acme: {keys: []}, acme: {keys: []}}", "tenants.acme: written in line 1 and again"),
