@@ -92,11 +92,12 @@ class Catalog:
     def known_digest(self, ref: AdapterRef) -> str | None:
         """What ``ref`` meant when it was last resolved here; None when it was not. Asks nobody."""
         ref = self.rooted(ref)
-        if ref.source == "merge":  # follows from what its parts are
-            merge = Merge.of(ref)
-            return merge.digest_of([None if part.ref is None else self.known_digest(part.ref) for part in merge.parts])
         with self._lock:
-            return self._known.get(ref)
+            known = self._known.get(ref)
+        if known is not None or ref.source != "merge":
+            return known
+        merge = Merge.of(ref)  # of whose parts each may have been looked up by itself
+        return merge.digest_of([None if part.ref is None else self.known_digest(part.ref) for part in merge.parts])
 
     def forget(self, ref: AdapterRef) -> None:
         """Have the next ``resolve`` of this reference ask its source, whatever was remembered."""
