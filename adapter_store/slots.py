@@ -13,9 +13,9 @@ from torch import Tensor
 from adapter_store.errors import PinRefused
 from adapter_store.eviction import EvictionPolicy, LeastRecentlyUsed
 from adapter_store.layout import AdapterLayout
-from adapter_store.load_stats import LoadTotals
 from adapter_store.packed import PackedAdapter
 from adapter_store.slot_copies import SlotCopies
+from adapter_store.slot_views import SlotPicture, SlotStats
 from kernels.lora_group import packed_rank
 
 SLOT_ALIGNMENT = 128  # elements; keeps every slot start aligned for 16-byte (and wider) loads
@@ -57,38 +57,6 @@ class Residency:
     adapters: Mapping[str, int]
     capacity: Mapping[int, int]
     free: Mapping[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class SlotPicture:
-    """One slot now, for people to look at; digest: None for an empty one. idle_s: seconds since a request last came or
-    left. The others as in ``Slot``."""
-
-    class_rank: int
-    digest: str | None = None
-    name: str = ""
-    rank: int = 0
-    refs: int = 0
-    loaded: bool = False
-    pinned: bool = False
-    idle_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class SlotStats:
-    """Totals since the start: acquisitions that found their adapter, that did not, and adapters evicted for others.
-
-    exhausted: acquisitions that got nothing because every slot that fits was in use. copies: from host memory to slots,
-    those that are through, by their own time. bytes: of the adapters in slots now. capacity_bytes: of all slots.
-    """
-
-    hits: int
-    misses: int
-    evictions: int
-    exhausted: int
-    copies: LoadTotals
-    bytes: int
-    capacity_bytes: int
 
 
 class SlotPool:

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -119,3 +120,12 @@ async def http(service: CompletionService):
     transport = httpx.ASGITransport(create_http_app(service), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+
+
+@pytest.fixture
+async def client(service: CompletionService) -> AsyncGenerator[openai.AsyncOpenAI]:
+    """OpenAI's own client, at the service's HTTP application."""
+    transport = httpx.ASGITransport(create_http_app(service), raise_app_exceptions=False)
+    http = httpx.AsyncClient(transport=transport, base_url="http://test/v1")
+    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=http) as made:
+        yield made

@@ -6,13 +6,11 @@ import asyncio
 import base64
 import math
 
-import httpx
 import numpy as np
 import openai
 import pytest
 import torch
 
-from deployments.api.http_app import create_http_app
 from deployments.protocol.errors import ReplicaLost
 from examples.demo.words import held_out_prompts
 
@@ -20,14 +18,6 @@ from .conftest import BASE_MODEL, DEMO
 
 FIRST, SECOND = held_out_prompts(2)
 TOLERANCE = 2e-5
-
-
-@pytest.fixture
-async def client(service):
-    transport = httpx.ASGITransport(create_http_app(service), raise_app_exceptions=False)
-    http = httpx.AsyncClient(transport=transport, base_url="http://test/v1")
-    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=http) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import httpx
-import openai
 import pytest
 import torch
 
-from deployments.api.http_app import create_http_app
 from examples.demo.words import held_out_prompts
 
 from .conftest import BASE_MODEL, DEMO
@@ -16,14 +13,6 @@ FIRST, SECOND = held_out_prompts(2)
 BROKEN = "ni\u00f1o \u00e9 \U0001f600 robot"  # characters of several tokens
 TOLERANCE = 2e-5
 GREEDY = {"temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture
-async def client(service):
-    transport = httpx.ASGITransport(create_http_app(service), raise_app_exceptions=False)
-    http = httpx.AsyncClient(transport=transport, base_url="http://test/v1")
-    async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=http) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
