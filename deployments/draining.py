@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from ray._private.worker import global_worker
 
-from deployments.background import end
+from deployments.background import Background
 
 LOOK_SECONDS = 0.25
 LAST_CALL_SECONDS = 3.0  # before the kill; Serve looks every 2 s whether all requests are done
@@ -27,7 +27,7 @@ def told_to_stop() -> bool:
     return any(getattr(replica, "_shutting_down", False) for replica in replicas)
 
 
-class Drain:
+class Drain(Background):
     """Calls ``begins`` once when the replica was told to stop, and ``last_call`` shortly before it is killed, again
     and again, for requests may still come."""
 
@@ -43,16 +43,6 @@ class Drain:
         self._last_call = last_call
         self._begins = begins
         self._told = told
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to look, on the running loop. A second call does nothing."""
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
-
-    async def close(self) -> None:
-        """Stop looking."""
-        await end(self._task)
 
     async def _run(self) -> None:
         while not self._told():  # noqa: ASYNC110 (Serve tells nobody)

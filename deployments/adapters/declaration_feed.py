@@ -12,7 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from deployments.adapters.declarations import Declaration, Declarations
-from deployments.background import end
+from deployments.background import Background
 from deployments.news.board import Cursor
 from deployments.protocol.errors import ApiError
 
@@ -22,7 +22,7 @@ FIRST_NEWS_SECONDS = 5.0
 logger = logging.getLogger("ray.serve")
 
 
-class DeclarationFeed:
+class DeclarationFeed(Background):
     """Keeps ``known`` up to date, and calls ``changed`` with what is new, for as long as it runs.
 
     find_hub: gives the hub's actor handle; called again after an error, because Serve replaces a hub that died.
@@ -37,16 +37,6 @@ class DeclarationFeed:
         self._reader = uuid.uuid4().hex
         self._hub: Any = None
         self._heard = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to listen, on the running loop. A second call does nothing."""
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
-
-    async def close(self) -> None:
-        """Stop listening."""
-        await end(self._task)
 
     @property
     def heard(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.serve import metrics
 
-from deployments.background import end
+from deployments.background import Background
 from deployments.observability.catalog import Metric
 from engine.histogram import Distribution
 
@@ -20,7 +20,7 @@ Reading = dict[tuple[str, ...], float | Distribution]
 logger = logging.getLogger("ray.serve")
 
 
-class MetricPublisher:
+class MetricPublisher(Background):
     """Asks for a reading every ``period_s`` and publishes it. Requests and steps pay nothing for that.
 
     A histogram is published as gauges that are called what Prometheus calls a histogram's series. Ray's own takes
@@ -36,16 +36,6 @@ class MetricPublisher:
         self._series: dict[str, Any] = {}
         for metric in self._metrics.values():
             self._series |= _series(metric)
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to publish; a second call does nothing."""
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
-
-    async def close(self) -> None:
-        """Stop publishing."""
-        await end(self._task)
 
     def publish(self, reading: Reading) -> None:
         """Pass a reading on to Ray. Raises KeyError for a metric that was not named before."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from deployments.background import end
+from deployments.background import Background
 from deployments.tenants.caller import Caller
 from deployments.tenants.key_table import KeyTable
 
@@ -16,13 +16,12 @@ MAX_BYTES = 16 << 20
 logger = logging.getLogger("ray.serve")
 
 
-class LiveKeys:
+class LiveKeys(Background):
     """The ``KeyTable`` in force. A file that is missing or holds a mistake changes nothing, and is told in the log."""
 
     def __init__(self, file: Path) -> None:
         """Raises ValueError when there is nothing to begin with."""
         self._file = file
-        self._task: asyncio.Task[None] | None = None
         self._seen, self.table = _read(file)
         #: Why the file is not in force as it is now; None when it is.
         self.refused: str | None = None
@@ -46,16 +45,7 @@ class LiveKeys:
         self._seen, self.table, self.refused = seen, table, None
         logger.info("%s: %d tenants", self._file, len(table.tenants))
 
-    def start(self) -> None:
-        """Begin to look again and again, on the running loop. A second call does nothing."""
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._watch())
-
-    async def close(self) -> None:
-        """Look no more."""
-        await end(self._task)
-
-    async def _watch(self) -> None:
+    async def _run(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             await asyncio.to_thread(self.look)
