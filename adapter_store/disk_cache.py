@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
@@ -50,23 +51,22 @@ class DiskCache:
 
         Raises AdapterRefused when its weights are larger than ``max_weights_bytes``.
         """
-        folder = self._root / digest
-        if not self.holds(digest):
-            return None
-        files = None
-        try:
-            with self.reading.measure() as work:
-                files = CheckpointFiles.read(folder, name, max_weights_bytes, meanwhile)
-                found, work.bytes = files.digest(), files.nbytes
-        except AdapterRefused:
-            if _is_whole(folder):
-                raise
-            found = None  # another process made room meanwhile, or a file was taken away
-        if files is None or found != digest:
-            if self.holds(digest):
-                _log.warning("cached adapter %s is damaged on disk and is fetched again", digest[:12])
-                self._remove(digest)
-            return None
+        folder, files, found = self._root / digest, None, None
+        with _opened(folder) as entry:
+            if entry is None:
+                return None
+            try:
+                with self.reading.measure() as work:
+                    files = CheckpointFiles.read(folder, name, max_weights_bytes, meanwhile)
+                    found, work.bytes = files.digest(), files.nbytes
+            except AdapterRefused:
+                if entry.stands() and entry.whole():
+                    raise  # else another process made room meanwhile, or a file was taken away
+            if files is None or found != digest:
+                if entry.stands():
+                    _log.warning("cached adapter %s is damaged on disk and is fetched again", digest[:12])
+                    self._remove(digest)
+                return None
         with contextlib.suppress(OSError):  # a read-only cache has no order of use
             now = time.time_ns()  # finer than the clock tick that the system would stamp
             os.utime(folder, ns=(now, now))
@@ -214,8 +214,32 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _is_whole(folder: Path) -> bool:
+@dataclass(frozen=True, slots=True)
+class _OpenEntry:
+    """An entry's folder, held open: what comes under the same name meanwhile is seen to be another one."""
+
+    path: Path
+    descriptor: int
+
+    def stands(self) -> bool:
+        """Whether the name still means this folder."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.descriptor))
+        except OSError:
+            return False
+
+    def whole(self) -> bool:
+        return len(os.listdir(self.descriptor)) >= 2  # noqa: PTH208  # a descriptor is no path
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[_OpenEntry | None]:
     try:
-        return len(list(folder.iterdir())) >= 2
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        return False
+        yield None
+        return
+    try:
+        yield _OpenEntry(folder, descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -188,16 +189,39 @@ def test_readers_never_see_half_of_what_is_being_removed(tmp_path: Path) -> None
     whole = missing = 0
     with ThreadPoolExecutor(1) as pool:
         churning = pool.submit(churn)
-        deadline = time.monotonic() + 3
-        while time.monotonic() < deadline:
-            for digest in digests:
-                files = cache.read(digest, "x", None)
-                assert files is None or files.nbytes == SIZE
-                whole += files is not None
-                missing += files is None
-        stop.set()
+        try:
+            deadline = time.monotonic() + 3
+            while time.monotonic() < deadline:
+                for digest in digests:
+                    files = cache.read(digest, "x", None)
+                    assert files is None or files.nbytes == SIZE
+                    whole += files is not None
+                    missing += files is None
+        finally:
+            stop.set()
         churning.result()
     assert whole and missing
+
+
+def test_an_entry_that_went_and_came_back_while_it_was_read_is_neither_refused_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, read = DiskCache(tmp_path, SIZE), CheckpointFiles.read
+    digest = fill(cache, 1)
+
+    def overtaken(*arguments: Any) -> CheckpointFiles:
+        monkeypatch.undo()
+        fill(cache, 2)  # there is room for one
+        try:
+            return read(*arguments)
+        finally:
+            fill(cache, 1)
+
+    monkeypatch.setattr(CheckpointFiles, "read", overtaken)
+    assert cache.read(digest, "x", None) is None
+    assert cache.holds(digest)
+    files = cache.read(digest, "x", None)
+    assert files is not None and files.nbytes == SIZE
 
 
 def test_a_damaged_entry_is_removed_and_a_smaller_limit_is_not_damage(tmp_path: Path) -> None:
