@@ -5,7 +5,6 @@ Each kind of store needs its own package, installed by an extra of ours and impo
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from adapter_store.checkpoint_files import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_REMEDY, check_size
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapter_store.object_calls import Call, Info, answers, file_info, returned
 from adapter_store.progress import Progress
 from adapter_store.remote import Listing, state_key
 from adapter_store.retrying import Passing, keep_trying
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fsspec.callbacks import Callback
 
 T = TypeVar("T")
-_Info = Mapping[str, Any]
+_INFOS = (Call("info", CONFIG_FILE), Call("info", WEIGHTS_FILE))
 
 # What tells one state of an object from the next, as file systems call it; times where nothing better is there.
 _STRONG = (
@@ -72,10 +72,11 @@ class ObjectClient:
         self._open: dict[tuple[str, str], tuple[bytes, AbstractFileSystem]] = {}
 
     def listing(self, name: str, ref: AdapterRef, retries: int | None = None) -> Listing:
-        """See ``RemoteClient``. Three exchanges, none of them long."""
+        """See ``RemoteClient``. Three exchanges at the same time, none of them long."""
 
         def once() -> Listing:
-            return replace(self._list(name, ref), template=self._template(ref))
+            *files, listed = self._ask(ref, *_INFOS, Call("ls", "", options={"detail": True}))
+            return replace(self._listing(name, ref, *files), template=self._template(ref, listed))
 
         return self._exchange(name, ref, once, retries)
 
@@ -93,16 +94,13 @@ class ObjectClient:
         deadline = time.monotonic() + self._settings.limits(ref).download_timeout_s
 
         def once() -> str | None:
-            before = self._list(name, ref)
+            before = self._listing(name, ref, *self._ask(ref, *_INFOS))
             check_size(name, WEIGHTS_FILE, before.weights_bytes or 0, limit)
+            self._get_both(ref, folder, before.weights_bytes, max(deadline - time.monotonic(), 0.01))
             for file, most in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, limit)):
-                left = max(deadline - time.monotonic(), 0.01)
-                total = before.weights_bytes if file == WEIGHTS_FILE else None
-                with Progress(f"fetching {file} of {ref.unpinned}", total) as progress:
-                    self._call(ref, "get_file", left, file, str(folder / file), callback=_told(progress))
                 check_size(name, file, (folder / file).stat().st_size, most)
             size = (folder / WEIGHTS_FILE).stat().st_size
-            if self._list(name, ref) != before or before.weights_bytes not in {None, size}:
+            if self._listing(name, ref, *self._ask(ref, *_INFOS)) != before or before.weights_bytes not in {None, size}:
                 raise Passing(AdapterUnavailable(name, f"{ref.unpinned} was being replaced while it was read"))
             return before.state
 
@@ -112,60 +110,55 @@ class ObjectClient:
         """See ``RemoteClient``."""
 
         def once() -> bytes:
-            check_size(name, file, int((self._info(ref, file) or {}).get("size") or 0), limit)
-            return self._call(ref, "cat_file", self._settings.limits(ref).timeout_s, file)
+            (info,) = map(file_info, self._ask(ref, Call("info", file)))
+            check_size(name, file, int((info or {}).get("size") or 0), limit)
+            return returned(self._ask(ref, Call("cat_file", file)))[0]
 
         return self._exchange(name, ref, once, None)
 
-    def _template(self, ref: AdapterRef) -> TemplateFile | None:
-        there = self._beside(ref)
+    def _get_both(self, ref: AdapterRef, folder: Path, weights_bytes: int | None, timeout_s: float) -> None:
+        with Progress(f"fetching {WEIGHTS_FILE} of {ref.unpinned}", weights_bytes) as progress:
+            config = Call("get_file", CONFIG_FILE, (str(folder / CONFIG_FILE),))
+            moved = {"callback": _told(progress)}
+            weights = Call("get_file", WEIGHTS_FILE, (str(folder / WEIGHTS_FILE),), moved)
+            returned(self._ask(ref, config, weights, timeout_s=timeout_s))
+
+    def _template(self, ref: AdapterRef, listed: Any) -> TemplateFile | None:
+        there = self._beside(ref, listed)
         for file in TEMPLATE_FILES:
             if file in there:  # read at each look where the store says nothing that could tell
                 return TemplateFile(file, state_key(_state(there[file]) or f"looked at {time.time()}"))
         return None
 
-    def _beside(self, ref: AdapterRef) -> dict[str, _Info]:
-        """The files at ``ref`` by name: one exchange, where asking for one that is not there would be two."""
-        try:
-            listed = self._call(ref, "ls", self._settings.limits(ref).timeout_s, "", detail=True)
-            return {info["name"].rpartition("/")[2]: info for info in listed if info.get("type") == "file"}
-        except PermissionError:
-            pass
-        there = {}
-        for file in TEMPLATE_FILES:
-            with contextlib.suppress(PermissionError):  # S3's word for what is not there, to who may not list
-                there[file] = self._info(ref, file)
-        return {file: info for file, info in there.items() if info is not None}
+    def _beside(self, ref: AdapterRef, listed: Any) -> dict[str, Info]:
+        """The files at ``ref`` by name. ``listed``: the answer to ``ls``, one exchange where asking for a file that is
+        not there would be two; but not everybody may list."""
+        if not isinstance(listed, PermissionError):
+            (infos,) = returned([listed])
+            return {info["name"].rpartition("/")[2]: info for info in infos if info.get("type") == "file"}
+        asked = zip(TEMPLATE_FILES, self._ask(ref, *(Call("info", file) for file in TEMPLATE_FILES)), strict=True)
+        # Who may not list is refused what is not there.
+        found = {file: file_info(answer) for file, answer in asked if not isinstance(answer, PermissionError)}
+        return {file: info for file, info in found.items() if info is not None}
 
-    def _list(self, name: str, ref: AdapterRef) -> Listing:
-        config = self._info(ref, CONFIG_FILE)
+    def _listing(self, name: str, ref: AdapterRef, *answers: Any) -> Listing:
+        """From the answers to ``_INFOS``."""
+        config, weights = map(file_info, answers)
         if config is None:
             raise AdapterNotFound(name, f"there is no {CONFIG_FILE} at {ref.unpinned} that this server may read")
         check_size(name, CONFIG_FILE, int(config.get("size") or 0), MAX_CONFIG_BYTES)
-        weights = self._info(ref, WEIGHTS_FILE)
         if weights is None:
-            pickle = self._info(ref, PICKLE_FILE) is not None
-            raise AdapterRefused(name, PICKLE_REMEDY if pickle else f"there is no {WEIGHTS_FILE} at {ref.unpinned}")
+            (pickle,) = map(file_info, self._ask(ref, Call("info", PICKLE_FILE)))
+            what = f"there is no {WEIGHTS_FILE} at {ref.unpinned}" if pickle is None else PICKLE_REMEDY
+            raise AdapterRefused(name, what)
         states = [_state(config), _state(weights)]
         state = None if None in states else state_key(str(ref.unpinned), *map(str, states))
         return Listing(ref.unpinned, state, None, weights.get("size"))
 
-    def _info(self, ref: AdapterRef, file: str) -> _Info | None:
-        try:
-            info = self._call(ref, "info", self._settings.limits(ref).timeout_s, file)
-        except FileNotFoundError:
-            return None
-        return info if info.get("type") == "file" else None
-
-    def _call(self, ref: AdapterRef, method: str, timeout_s: float, file: str, *args: Any, **options: Any) -> Any:
-        """A file system's method on one of the adapter's files. Only asynchronous ones can be cut off."""
-        system, url = self._system(ref), f"{ref.unpinned}/{file}"
-        if not system.async_impl:
-            return getattr(system, method)(url, *args, **options)
-        from fsspec.asyn import sync  # noqa: PLC0415
-
-        loop, work = getattr(system, "loop"), getattr(system, f"_{method}")  # noqa: B009
-        return sync(loop, work, url, *args, timeout=timeout_s, **options)
+    def _ask(self, ref: AdapterRef, *calls: Call, timeout_s: float | None = None) -> list[Any]:
+        """Answers, or exceptions, of calls on the adapter's files."""
+        timeout_s = self._settings.limits(ref).timeout_s if timeout_s is None else timeout_s
+        return answers(self._system(ref), str(ref.unpinned), calls, timeout_s)
 
     def _system(self, ref: AdapterRef) -> AbstractFileSystem:
         """The file system for ``ref``, opened anew when a credential in the environment was replaced."""
@@ -239,7 +232,7 @@ def _told(progress: Progress) -> Callback:
     return Callback(hooks={"progress": moved})
 
 
-def _state(info: _Info) -> str | None:
+def _state(info: Info) -> str | None:
     """What the store says of an object, as far as it changes with the content."""
     for names in (_STRONG, _WEAK):
         said = [f"{name}={info[name]}" for name in names if info.get(name)]

@@ -7,7 +7,7 @@
 Starts a Ray cluster of three nodes on this machine, each with a Serve proxy. The routers take turns, each with an
 application of its own that is deployed for the turn: four CPU replicas of the demo model and three gateways, one a
 node. The applications differ in the router, and that of Serve's default has slots of least recent use, as its table
-has. Adapters are in a store some way off: six exchanges of ``--exchange-ms`` bring one to a replica; there is room for
+has. Adapters are in a store some way off: three times ``--exchange-ms`` brings one to a replica; there is room for
 some of them in a replica's host memory, and for few on its disk.
 
 Requests come over HTTP to the three proxies in turn, ``--rate`` a second; the n-th adapter's are in proportion to
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--zipf", type=float, default=1.0)
     parser.add_argument("--shape", type=float, default=0.125, help="of the Gamma times between an adapter's requests")
-    parser.add_argument("--exchange-ms", type=float, default=20.0, help="of the adapters' store, six to an adapter")
+    parser.add_argument("--exchange-ms", type=float, default=20.0, help="of the adapters' store, three after each other for an adapter")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=2, help="different ones an adapter")

@@ -97,6 +97,11 @@ class _Handler(BaseHTTPRequestHandler):
         sent = self.rfile.read(int(headers.get("content-length", 0)))
         if fault.delay_s:
             time.sleep(fault.delay_s)
+        if fault.meeting is not None:
+            try:
+                fault.meeting.wait(timeout=10)
+            except threading.BrokenBarrierError:
+                fault = Fault(status=500)
         if fault.status or not proxy.lets_in(headers.get("authorization", "")):
             self._send(fault.status or 403, b"", fault.headers.items(), Fault())
             return

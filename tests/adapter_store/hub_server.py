@@ -44,7 +44,8 @@ class Fault:
     """What to do instead of answering properly.
 
     matches: part of the path. status: answer with it (0: answer properly after ``delay_s``). cut: send this fraction of
-    the body and close. corrupt: flip the last byte of the body. headers: added to the answer.
+    the body and close. corrupt: flip the last byte of the body. headers: added to the answer. meeting (of
+    ``FaultyProxy``): answer properly when all of its parties are here, with a 500 when they do not come.
     """
 
     matches: str = ""
@@ -53,6 +54,7 @@ class Fault:
     cut: float | None = None
     corrupt: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
+    meeting: threading.Barrier | None = None
 
 
 @dataclass(frozen=True)

@@ -204,12 +204,13 @@ def test_failures_that_pass_are_tried_again(bucket: Bucket, tmp_path: Path) -> N
 def test_failures_that_stay_end_soon_and_are_answered_at_once_then(bucket: Bucket, tmp_path: Path) -> None:
     ref = bucket.publish("shout")
     store = bucket.source(tmp_path, negative_ttl_s=2.0)
-    bucket.proxy.fail(*[Fault("HEAD", status=500)] * 3)
+    look = f"HEAD /{bucket.name}/shout/{CONFIG_FILE}"
+    bucket.proxy.fail(*[Fault(look, status=500)] * 3)
     for name in ("one", "two"):
         with pytest.raises(AdapterUnavailable, match=bucket.name) as failed:
             store.resolve(name, ref)
         assert failed.value.adapter == name
-    assert len(bucket.proxy.requests("HEAD")) == 3
+    assert len(bucket.proxy.requests(look)) == 3
     assert (store.stats().remembered_failures, store.stats().failures_repeated) == (1, 1)
     time.sleep(2.05)
     assert store.resolve("three", ref).digest
@@ -217,11 +218,20 @@ def test_failures_that_stay_end_soon_and_are_answered_at_once_then(bucket: Bucke
 
 def test_a_silent_server_is_given_up_on(bucket: Bucket, tmp_path: Path) -> None:
     ref = bucket.publish("shout")
-    bucket.proxy.fail(*[Fault("HEAD", delay_s=20)] * 2)
+    bucket.proxy.fail(*[Fault(f"HEAD /{bucket.name}/shout/{CONFIG_FILE}", delay_s=20)] * 2)
     started = time.monotonic()
     with pytest.raises(AdapterUnavailable, match=r"could not be read \(\w*Timeout\w*\)"):
         bucket.source(tmp_path, timeout_s=0.3, retries=1).resolve("shout", ref)
     assert time.monotonic() - started < 10
+
+
+def test_what_is_asked_about_an_adapter_is_asked_at_the_same_time(bucket: Bucket, tmp_path: Path) -> None:
+    ref = bucket.publish("shout")
+    store = bucket.source(tmp_path, timeout_s=30.0, retries=0)
+    for parties in (3, 2, 2, 2):  # to look up; to begin a download, to read both files, and to see that they still are
+        bucket.proxy.fail(*[Fault(f"/{bucket.name}", meeting=threading.Barrier(parties))] * parties)
+    assert store.fetch(store.resolve("shout", ref)).weights.numpy().tobytes() == FILES[WEIGHTS_FILE]
+    assert len(bucket.proxy.requests(bucket.name)) == 9
 
 
 def test_a_download_has_a_deadline(bucket: Bucket, tmp_path: Path) -> None:
