@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--zipf", type=float, default=1.0)
     parser.add_argument("--shape", type=float, default=0.125, help="of the Gamma times between an adapter's requests")
-    parser.add_argument("--exchange-ms", type=float, default=20.0, help="of the adapters' store, three after each other for an adapter")
+    parser.add_argument("--exchange-ms", type=float, default=20.0, help="of the adapters' store, three for an adapter")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=2, help="different ones an adapter")
