@@ -20,6 +20,7 @@ MARK = "merge:"
 MOST_PARTS = 64  # whoever asks; what clients may merge is the operator's to say
 MOST_CHARS = 1 << 16
 _MOST_SEED = 2**63 - 1
+_NESTED = "adapters: a merge cannot be part of another: name what that one is made of"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Merge:
             if not _is_number(part.weight):
                 raise ValueError(f"weight is {part.weight!r} for {part.name!r} but must be a finite number")
             if (part.ref is not None and part.ref.source == "merge") or Merge.is_meant(part.name):
-                raise ValueError("adapters: a merge cannot be part of another: name what that one is made of")
+                raise ValueError(_NESTED)
         for name, value, allowed in (
             ("strategy", self.strategy, get_args(Strategy)),
             ("majority_sign_method", self.majority_sign_method, get_args(SignMethod)),
@@ -182,6 +183,8 @@ def _part(raw: Any) -> MergePart:
             raise ValueError(f"adapters: {key} is {text!r} but must be a string that is not empty")
     if texts["name"] is None and texts["ref"] is None:
         raise ValueError("adapters: each is an object with a weight, and a ref or a name")
+    if Merge.is_meant(texts["ref"] or ""):
+        raise ValueError(_NESTED)
     ref = None if texts["ref"] is None else AdapterRef.parse(texts["ref"])
     return MergePart(texts["name"] or _name_of(ref), raw["weight"], ref, texts["digest"])
 

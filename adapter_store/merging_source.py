@@ -9,6 +9,7 @@ from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
 from adapter_store.errors import AdapterError, AdapterRefused
 from adapter_store.load_stats import SourceStats
 from adapter_store.merging_recipe import Merge, MergePart
+from adapter_store.references import parts_of
 from adapter_store.source import AdapterRef, AdapterSource, ResolvedAdapter
 from adapter_store.template_files import Templates
 
@@ -55,7 +56,7 @@ class MergingSource:
 
     def forget(self, ref: AdapterRef) -> None:
         """Have every part looked up anew."""
-        for part in ref.parts:
+        for part in parts_of(ref):
             self._of(part).forget(part)
 
     def stats(self) -> SourceStats:

@@ -15,6 +15,7 @@ from typing import Literal
 from adapter_store.digest import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.errors import AdapterNotFound
 from adapter_store.merging_recipe import Merge, MergePart
+from adapter_store.references import parse_reference
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
 from adapter_store.template_files import TEMPLATE_FILES
@@ -46,7 +47,7 @@ class AdapterNames:
         """Raises ValueError when a folder of the settings does not exist."""
         self._settings = settings
         self._runtime: Mapping[str, AdapterRef] = {}
-        self._declared = {name: self.rooted(AdapterRef.parse(ref)) for name, ref in settings.adapters.items()}
+        self._declared = {name: self.rooted(parse_reference(ref)) for name, ref in settings.adapters.items()}
         self._folders = [settings.path(folder) for folder in settings.folders]
         for folder in self._folders:
             if not folder.is_dir():

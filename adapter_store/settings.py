@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_store.merging_recipe import MOST_PARTS
+from adapter_store.references import parse_reference
 from adapter_store.source import AdapterRef
 from adapter_store.source_settings import Limits, SourceSettings
 
@@ -58,7 +59,7 @@ class StoreSettings:
             if not name:
                 raise ValueError(f"adapters: the name for {ref!r} is empty")
             try:
-                AdapterRef.parse(ref)
+                parse_reference(ref)
             except ValueError as error:
                 raise ValueError(f"adapters[{name!r}]: {error}") from error
         for pattern in self.allow:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from adapter_store.checkpoint_files import CheckpointFiles, Meanwhile
     from adapter_store.load_stats import SourceStats
-    from adapter_store.merging_recipe import Merge
     from adapter_store.template_files import Templates
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -28,8 +27,8 @@ class AdapterRef:
 
     Written ``local:<folder>``, ``hub:<org>/<name>[@<revision>]``, or ``<scheme>://<bucket>/<prefix>[@<digest>]`` with
     any scheme of fsspec, such as ``s3`` or ``gs``. ``source`` is ``local``, ``hub`` or the scheme. The revision of an
-    object store is the content digest that the files must have. ``merge:<JSON>`` is several others, see
-    ``merging_recipe.Merge``; it has a digest for a revision as soon as all of theirs stand in it.
+    object store is the content digest that the files must have. ``merge:<JSON>`` is several others: see
+    ``merging_recipe.Merge`` and ``references``; it has a digest for a revision as soon as all of theirs stand in it.
     """
 
     source: str
@@ -38,13 +37,11 @@ class AdapterRef:
 
     @classmethod
     def parse(cls, text: str) -> AdapterRef:
-        """Read the string form.
+        """Read the string form of any but a merge (see ``references.parse_reference``).
 
         Raises ValueError for another scheme, or a repository, path or revision that could not be one (so that a
         reference can never climb out of what an allow-list pattern or a server's API path means).
         """
-        if text.startswith("merge:"):
-            return _merge(text).ref
         url = _URL.fullmatch(text)
         if url is not None:
             return cls._parse_url(url["scheme"], url["rest"])
@@ -120,19 +117,10 @@ class AdapterRef:
 
     @property
     def owner(self) -> str:
-        """Whose server or account it is on: ``local``, ``hub:org``, ``s3://bucket``; of a merge, the first that is not
-        ``local``."""
-        if self.source == "merge":
-            return next((part.owner for part in self.parts if part.source != "local"), "local")
+        """Whose server or account it is on: ``local``, ``hub:org``, ``s3://bucket``. Of a merge see
+        ``references.owner_of``."""
         first = self.id.partition("/")[0]
         return "local" if self.source == "local" else f"{self.source}{self._separator}{first}"
-
-    @property
-    def parts(self) -> tuple[AdapterRef, ...]:
-        """Those that a merge is made of; else itself alone."""
-        if self.source != "merge":
-            return (self,)
-        return tuple(part.ref for part in _merge(self.id).parts if part.ref is not None)
 
     @property
     def _separator(self) -> str:
@@ -165,12 +153,6 @@ class ResolvedAdapter:
     ref: AdapterRef
     digest: str
     template: TemplateFile | None = None
-
-
-def _merge(text: str) -> Merge:
-    from adapter_store.merging_recipe import Merge  # noqa: PLC0415 - which is made of references
-
-    return Merge.parse(text)
 
 
 class AdapterSource(Protocol):

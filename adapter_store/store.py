@@ -19,6 +19,7 @@ from adapter_store.layout import AdapterLayout
 from adapter_store.load_stats import LoadMeter, StoreStats
 from adapter_store.merging import pack_merged
 from adapter_store.packed import PackedAdapter
+from adapter_store.references import owner_of, parse_reference
 from adapter_store.settings import StoreSettings
 from adapter_store.single_flight import SingleFlight
 from adapter_store.source import AdapterRef, ResolvedAdapter
@@ -107,8 +108,8 @@ class AdapterStore:
         return self.catalog.at_hand(ref, digest)
 
     def owner(self, adapter: str, digest: str | None = None) -> str:
-        """Whose server ``load`` of the same arguments may wait for (``AdapterRef.owner``). Raises AdapterNotFound."""
-        return (_trusted_ref(adapter, digest) or self.catalog.find(adapter)).owner
+        """Whose server ``load`` of the same arguments may wait for (see ``owner_of``). Raises AdapterNotFound."""
+        return owner_of(_trusted_ref(adapter, digest) or self.catalog.find(adapter))
 
     def stats(self) -> StoreStats:
         """What loading took so far, by tier, and what is remembered now. Any thread."""
@@ -214,6 +215,6 @@ def _trusted_ref(adapter: str, digest: str | None) -> AdapterRef | None:
     if digest is None or not AdapterRef.is_meant(adapter):
         return None
     try:
-        return AdapterRef.parse(adapter)
+        return parse_reference(adapter)
     except ValueError as error:
         raise AdapterNotFound(adapter, str(error)) from error

@@ -25,7 +25,7 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from adapter_store.digest import CONFIG_FILE
 from adapter_store.names import AdapterNames
-from adapter_store.source import AdapterRef
+from adapter_store.references import parse_reference, parts_of
 from adapter_store.store import check_host_cache
 from deployments.adapters.directory import check_names
 from deployments.config_file import repeated_keys, unknown_keys
@@ -185,7 +185,7 @@ def adapter_mistakes(settings: FleetSettings, place: str) -> Iterator[str]:
         yield f"args.model_name: {error}"
     yield from scheme_mistakes(settings, place)
     for name, text in settings.adapters.items():
-        for ref in AdapterRef.parse(text).parts:
+        for ref in parts_of(parse_reference(text)):
             if ref.source == "local" and not (store.path(ref.id) / CONFIG_FILE).is_file():
                 yield f"{place}.adapters[{name!r}]: there is no {CONFIG_FILE} in {store.path(ref.id)}"
 

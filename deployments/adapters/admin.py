@@ -10,8 +10,9 @@ from typing import Any
 
 from adapter_store.errors import AdapterError
 from adapter_store.names import NamedAdapter
+from adapter_store.references import parse_reference
 from adapter_store.schemes import scheme_mistake
-from adapter_store.source import AdapterRef, ResolvedAdapter
+from adapter_store.source import ResolvedAdapter
 from deployments.adapters.directory import AdapterDirectory, Feed
 from deployments.protocol.adapters import adapter_object
 from deployments.protocol.errors import ApiError, about_reference, invalid
@@ -68,7 +69,7 @@ class AdapterAdmin:
         """
         self._check_name(name)
         try:
-            ref = self._directory.catalog.rooted(AdapterRef.parse(reference))
+            ref = self._directory.catalog.rooted(parse_reference(reference))
         except ValueError as error:
             raise invalid("reference", str(error)) from error
         if (mistake := scheme_mistake(ref.source)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from adapter_store.references import parse_reference
 from adapter_store.source import AdapterRef
 
 FORGET_AFTER_NS = 3600 * 10**9  # what says nothing any more is kept this long, so that no old news brings it back
@@ -56,7 +57,7 @@ class Declarations:
 
     def references(self) -> Mapping[str, AdapterRef]:
         """Name -> reference of those declared at run time."""
-        return {one.name: AdapterRef.parse(one.reference) for one in self.by_name.values() if one.reference is not None}
+        return {one.name: parse_reference(one.reference) for one in self.by_name.values() if one.reference is not None}
 
     def pinned(self) -> list[str]:
         """Names to keep in slots, in the order in which they were pinned."""

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from adapter_store.errors import AdapterNotFound
+from adapter_store.references import parse_reference
 from adapter_store.source import AdapterRef
 from deployments.adapters.admin import AdapterAdmin
 from deployments.protocol.adapters import AdapterBody, LoadLoraBody, UnloadLoraBody
@@ -121,7 +122,7 @@ def admin_rule(access: Access) -> Callable[[Request, Caller], None]:
 def lora_reference(path: str) -> str:
     """vLLM's ``lora_path`` as a reference: one already, a folder of this machine, or a repository of the Hub."""
     try:
-        return str(AdapterRef.parse(path))
+        return str(parse_reference(path))
     except ValueError:
         if path.startswith(("/", "~", "./", "../")):
             return f"local:{path}"

@@ -19,6 +19,7 @@ from adapter_store.merging import pack_merged
 from adapter_store.merging_recipe import Merge
 from adapter_store.names import NamedAdapter
 from adapter_store.packed import PackedAdapter
+from adapter_store.references import parse_reference
 from adapter_store.source import AdapterRef, ResolvedAdapter
 from deployments.settings import FleetSettings
 from engine.lora_targets import adapter_layout
@@ -118,7 +119,7 @@ class Workbench:
         ref = AdapterRef("local", str(Path(name).absolute())) if Path(name).is_dir() else None
         if ref is None and AdapterRef.is_meant(name):
             try:
-                ref = AdapterRef.parse(name)
+                ref = parse_reference(name)
             except ValueError as error:
                 raise AdapterRefused(name, str(error)) from error
         return self._catalog.resolve_ref(name, self._catalog.find(name) if ref is None else ref)

@@ -10,6 +10,7 @@ from typing import Any
 from adapter_store.errors import AdapterRefused
 from adapter_store.failures import RecentFailures
 from adapter_store.fair_threads import FairThreads
+from adapter_store.references import owner_of
 from adapter_store.source import ResolvedAdapter
 from adapter_store.template_files import Templates
 from deployments.adapters.directory import AdapterDirectory
@@ -76,7 +77,7 @@ class ChatPrompts:
             return self._process().render(templates, tokens, adapter.name, messages, options)
 
         try:
-            return await asyncio.wrap_future(self._threads.submit(adapter.ref.owner, render))
+            return await asyncio.wrap_future(self._threads.submit(owner_of(adapter.ref), render))
         except BadTemplate as error:
             refused = AdapterRefused(adapter.name, f"its chat template {error}")
             self._failures.add(tried, refused)

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from adapter_store.catalog import Catalog
+from adapter_store.references import parse_reference
 from adapter_store.source import AdapterRef
 from deployments.console.fleet_picture import FleetPicture
 from deployments.console.snapshot_feed import SnapshotFeed
@@ -58,7 +59,7 @@ class Console:
         if not AdapterRef.is_meant(name):
             return name
         try:
-            return self._catalog.name_of(AdapterRef.parse(name)) or name
+            return self._catalog.name_of(parse_reference(name)) or name
         except ValueError:
             return name
 

@@ -13,6 +13,7 @@ from adapter_store.catalog import Catalog
 from adapter_store.errors import AdapterChanged, AdapterNotFound, AdapterRefused
 from adapter_store.merging_recipe import MARK, Merge
 from adapter_store.names import AdapterNames
+from adapter_store.references import parts_of
 from adapter_store.settings import StoreSettings
 from adapter_store.source import AdapterRef
 from adapter_store.store import AdapterStore
@@ -65,7 +66,7 @@ def test_clients_merge_what_they_may_name_and_nothing_else(root):
     names = AdapterNames(settings(root, allow=("hub:acme/*",)))
     found = names.find(merge_of("one", "hub:acme/x@v1"))
     assert found.origin == "reference"
-    assert found.ref.parts == (AdapterRef("local", str(root / "adapters/one")), AdapterRef("hub", "acme/x", "v1"))
+    assert parts_of(found.ref) == (AdapterRef("local", str(root / "adapters/one")), AdapterRef("hub", "acme/x", "v1"))
     for foreign in ("nobody", f"local:{root}/private/secret", "hub:evil/x", "../private/secret"):
         with pytest.raises(AdapterNotFound) as error:
             names.find(merge_of("one", foreign))
@@ -87,7 +88,7 @@ def test_a_name_never_stands_for_a_reference_that_goes_elsewhere(root):
 def test_how_many_clients_may_merge_is_limited(root, most, count, fits):
     names = AdapterNames(settings(root, merge_parts=most))
     if fits:
-        assert len(names.find(merge_of(*["one"] * count)).ref.parts) == count
+        assert len(parts_of(names.find(merge_of(*["one"] * count)).ref)) == count
         return
     with pytest.raises(AdapterNotFound, match=f"at most {most}"):
         names.find(merge_of(*["one"] * count))
