@@ -1,7 +1,7 @@
 """Our router, Serve's default with its multiplexing table and Serve's consistent hashing, side by side on one cluster.
 
     python -m benchmarks.routing --requests 300 --adapters 60 --repetitions 1      # a look, two minutes
-    python -m benchmarks.routing --json routing.json --plot routing.png            # 12 minutes on two cores
+    python -m benchmarks.routing --json routing.json --plot routing.png            # 22 minutes on two cores
     python -m benchmarks.routing --kill-node                                       # our router, a node lost in mid-run
 
 Starts a Ray cluster of three nodes on this machine, each with a Serve proxy. The routers take turns, each with an
@@ -142,7 +142,7 @@ def show(row: Row) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run, print, write and draw; fail on a wrong text or a lost request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=667, help="a router and repetition")
+    parser.add_argument("--requests", type=int, default=2000, help="a router and repetition")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--warm", type=int, default=150, help="requests before, not counted")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")

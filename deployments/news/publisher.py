@@ -17,6 +17,9 @@ from deployments.news.news_board import LEAST_PAUSE_SECONDS
 from deployments.routing.fleet_view import ReplicaLoad
 
 LOOK_SECONDS = 0.05  # how often the load is looked at
+# A change waits so long for others that come with it: loads come in bursts, and a message takes processor time of every
+# router, just when it has those requests to carry.
+GATHER_SECONDS = 0.015
 HEARTBEAT_SECONDS = 1.0  # a change of load that decides nothing is told this often, and that there is none
 HUB_SECONDS = 2.0  # a hub that does not answer for so long is looked up anew
 RETRY_SECONDS = 0.25
@@ -25,9 +28,9 @@ logger = logging.getLogger("ray.serve")
 
 
 class NewsPublisher:
-    """Tells what changed: about adapters at once, about load along with them, when it reaches another
-    ``ReplicaLoad.stage`` and every ``HEARTBEAT_SECONDS``. What changes while a message is under way, or in the pause
-    that the hub asks for, goes together.
+    """Tells what changed: about adapters after ``GATHER_SECONDS``, about load along with them, when it reaches another
+    ``ReplicaLoad.stage`` and every ``HEARTBEAT_SECONDS``. What changes until then, while a message is under way, or in
+    the pause that the hub asks for, goes together.
 
     All in one event loop: the one that makes this object.
     """
@@ -94,6 +97,8 @@ class NewsPublisher:
                 await self._event.wait()
         except TimeoutError:
             self._since = time.time()
+        else:
+            await asyncio.sleep(GATHER_SECONDS)
 
     def _next(self) -> ReplicaNews | None:
         now = time.monotonic()

@@ -27,7 +27,7 @@ class PlacementPolicy:
     shrink_after_s: float = 5.0
     spill_at: float = 1.0
     home_load_factor: float = 1.25
-    home_load_slack: float = 0.25
+    home_load_slack: float = 0.125
     rank_rows: float = 0.02
     prediction_ttl_s: float = 1.0
 
