@@ -30,6 +30,7 @@ from deployments.observability.publisher import MetricPublisher, Reading
 from deployments.observability.spans import generation_span
 from deployments.observability.tracing import Tracing
 from deployments.pacing import StreamPacing, paced, together
+from deployments.placement import Reason
 from deployments.routing.arrivals import Arrivals
 from deployments.routing.fleet_view import ReplicaLoad
 from deployments.routing.short_key import short_key
@@ -246,9 +247,9 @@ class LoraReplica:
         if digest is None:
             yield
             return
-        key = short_key(digest)
-        self._arrivals.count(routing.get("reason", ""), self._holdings.where(key))
-        if self._holdings.asked(key):
+        key, reason = short_key(digest), routing.get("reason", "")
+        self._arrivals.count(reason, self._holdings.where(key))
+        if self._holdings.asked(key) and reason != Reason.HOME:  # every router would look for it at its home
             self._publisher.changed()
         try:
             yield

@@ -59,7 +59,7 @@ class NewsPublisher:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def changed(self) -> None:
-        """There is something to tell that should not wait."""
+        """There is something to tell that should not wait. Whatever else changed goes along with the next message."""
         if not self._event.is_set():
             self._since = time.time()
             self._event.set()
@@ -69,14 +69,15 @@ class NewsPublisher:
         await end(self._task)
         self._whole = True
         try:
-            await self._tell(self._next())
+            await self._tell(self._next(True))
         except (TimeoutError, RayError, ValueError):
             logger.info("the hub went away before this replica did")
 
     async def _run(self) -> None:
         while True:
+            pressing = self._event.is_set()
             self._event.clear()
-            news = self._next()
+            news = self._next(pressing)
             if news is not None:
                 try:
                     await self._tell(news)
@@ -100,17 +101,19 @@ class NewsPublisher:
         else:
             await asyncio.sleep(GATHER_SECONDS)
 
-    def _next(self) -> ReplicaNews | None:
-        now = time.monotonic()
-        changes, load = self._holdings.changes(), self._read_load()
+    def _next(self, pressing: bool) -> ReplicaNews | None:
+        now, load = time.monotonic(), self._read_load()
+        moved, due = load.stage != self._load.stage, now - self._told >= HEARTBEAT_SECONDS
+        if not (pressing or self._whole or moved or due):
+            return None  # whatever else changed can wait
         keys = packed = None
-        if changes:
+        if changes := self._holdings.changes():
             self._sequence += 1
             keys = pack_keys(changes)
         if self._whole:
             keys = pack_keys(self._holdings.everything())
-        urgent = keys is not None or load.stage != self._load.stage
-        if not urgent and now - self._told < HEARTBEAT_SECONDS:
+        urgent = keys is not None or moved
+        if not urgent and not due:
             return None
         if self._whole or load != self._load:
             packed = pack_load(load)

@@ -114,6 +114,21 @@ async def test_a_load_that_decides_nothing_is_told_at_leisure(scene, monkeypatch
     assert scene.published == 2
 
 
+async def test_what_routers_expect_anyway_goes_along_with_other_news(scene, monkeypatch):
+    monkeypatch.setattr(news_publisher, "HEARTBEAT_SECONDS", 60.0)
+    monkeypatch.setattr(news_publisher, "LOOK_SECONDS", 0.001)
+    await until(lambda: scene.view.step_rows == 8)
+    scene.count_messages()
+    assert scene.holdings.asked(KEYS[0])
+    await asyncio.sleep(0.1)
+    assert not scene.published
+    scene.holdings.in_slots(KEYS[1:2])
+    scene.publisher.changed()
+    await until(scene.resident)
+    assert scene.view.holders(KEYS[0], 0.0)[Tier.LOADING] == [0]
+    assert scene.published == 1
+
+
 async def test_a_full_queue_is_told_without_waiting_for_the_next_look_at_the_load(scene, monkeypatch):
     monkeypatch.setattr(news_publisher, "LOOK_SECONDS", 60.0)
     await until(lambda: scene.reader.cursor)
