@@ -83,6 +83,8 @@ def together(runs: Sequence[Run]) -> list[Row]:
 def verdict(rows: Sequence[Row]) -> list[str]:
     """How our router stands to the others, in a line each."""
     by_policy = {one["policy"]: one for one in rows if one["repetition"] == "all"}
+    p99 = {(one["policy"], one["repetition"]): one["ttft_ms_p99"] for one in rows}
+    repetitions = [one["repetition"] for one in rows if one["policy"] == Policy.OURS and one["repetition"] != "all"]
     ours = by_policy.pop(Policy.OURS.value, None)
     if ours is None:
         return []
@@ -90,7 +92,9 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         f"against {name}: {100 * (1 - ours['loads'] / other['loads']):.0f} % fewer loads, "
         f"hit rate {ours['hit_rate']:.3f} to {other['hit_rate']:.3f}, "
         f"{100 * (1 - ours['fetched'] / max(other['fetched'], 1)):.0f} % fewer from their source, "
-        f"TTFT p99 (median of repetitions) {ours['ttft_ms_p99_median']:.0f} to {other['ttft_ms_p99_median']:.0f} ms"
+        f"TTFT p99 (median of repetitions) {ours['ttft_ms_p99_median']:.0f} to {other['ttft_ms_p99_median']:.0f} ms, "
+        + " ".join(f"{p99[Policy.OURS, one] / p99[name, one]:.2f}" for one in repetitions)
+        + " times that of the same repetition"
         for name, other in by_policy.items()
         if other["loads"]
     ]
