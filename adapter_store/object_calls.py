@@ -22,6 +22,10 @@ class Call:
     args: Sequence[Any] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def on(self, system: AbstractFileSystem, url: str, prefix: str = "") -> Any:
+        """What it returns there. prefix: "_" for the coroutine that an asynchronous file system has of each method."""
+        return getattr(system, prefix + self.method)(f"{url}/{self.file}", *self.args, **self.options)
+
 
 def answers(system: AbstractFileSystem, url: str, calls: Sequence[Call], timeout_s: float) -> list[Any]:
     """What each call returns, or the exception that it raises, in the order of the calls.
@@ -34,8 +38,7 @@ def answers(system: AbstractFileSystem, url: str, calls: Sequence[Call], timeout
     from fsspec.asyn import sync  # noqa: PLC0415 - with the store's package, an extra
 
     async def work() -> list[Any]:
-        made = [getattr(system, f"_{call.method}")(f"{url}/{call.file}", *call.args, **call.options) for call in calls]
-        return await asyncio.gather(*made, return_exceptions=True)
+        return await asyncio.gather(*(call.on(system, url, "_") for call in calls), return_exceptions=True)
 
     given: Any = sync(getattr(system, "loop"), work, timeout=timeout_s)  # noqa: B009
     return given
@@ -59,6 +62,6 @@ def file_info(answer: Any) -> Info | None:
 
 def _answer(system: AbstractFileSystem, url: str, call: Call) -> Any:
     try:
-        return getattr(system, call.method)(f"{url}/{call.file}", *call.args, **call.options)
+        return call.on(system, url)
     except Exception as error:
         return error

@@ -94,13 +94,13 @@ class ObjectClient:
         deadline = time.monotonic() + self._settings.limits(ref).download_timeout_s
 
         def once() -> str | None:
-            before = self._listing(name, ref, *self._ask(ref, *_INFOS))
+            before = self._list(name, ref)
             check_size(name, WEIGHTS_FILE, before.weights_bytes or 0, limit)
             self._get_both(ref, folder, before.weights_bytes, max(deadline - time.monotonic(), 0.01))
             for file, most in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, limit)):
                 check_size(name, file, (folder / file).stat().st_size, most)
             size = (folder / WEIGHTS_FILE).stat().st_size
-            if self._listing(name, ref, *self._ask(ref, *_INFOS)) != before or before.weights_bytes not in {None, size}:
+            if self._list(name, ref) != before or before.weights_bytes not in {None, size}:
                 raise Passing(AdapterUnavailable(name, f"{ref.unpinned} was being replaced while it was read"))
             return before.state
 
@@ -141,9 +141,12 @@ class ObjectClient:
         found = {file: file_info(answer) for file, answer in asked if not isinstance(answer, PermissionError)}
         return {file: info for file, info in found.items() if info is not None}
 
-    def _listing(self, name: str, ref: AdapterRef, *answers: Any) -> Listing:
+    def _list(self, name: str, ref: AdapterRef) -> Listing:
+        return self._listing(name, ref, *self._ask(ref, *_INFOS))
+
+    def _listing(self, name: str, ref: AdapterRef, *infos: Any) -> Listing:
         """From the answers to ``_INFOS``."""
-        config, weights = map(file_info, answers)
+        config, weights = map(file_info, infos)
         if config is None:
             raise AdapterNotFound(name, f"there is no {CONFIG_FILE} at {ref.unpinned} that this server may read")
         check_size(name, CONFIG_FILE, int(config.get("size") or 0), MAX_CONFIG_BYTES)
