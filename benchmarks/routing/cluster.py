@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 from ray.serve import Application
 
@@ -21,7 +22,7 @@ from benchmarks.serving.server import ROOT, TRANSPORT
 
 #: Ray gives way to whatever else runs on the machine, and then that is what is measured.
 ENVIRONMENT = TRANSPORT | {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
@@ -42,6 +43,8 @@ class RoutingCluster:
 
     def __enter__(self) -> RoutingCluster:
         os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        # Where ``Cluster`` writes its address, which nothing else has made yet on a machine of no other Ray.
+        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         self._cluster = Cluster()
         try:
             for number, port in enumerate(self._ports):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from adapter_store.catalog import Catalog
@@ -23,6 +24,10 @@ SPREAD = 0.15  # of an adapter's weights: enough that no two adapters answer ali
 # Logits of another batch differ by 2e-5 at most, so a greedy choice with more than this to spare is the same in all.
 MARGIN = 1e-3
 CANDIDATES = 4  # prompts tried for each that is wanted
+SPARE = 0.1  # adapters made beyond those wanted: as many may answer like another one
+
+
+Answers = Sequence[tuple[str, str]]  # prompts with their texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Tenants:
     folder: Path
     digests: Mapping[str, str]
     tokens: int
-    answers: Mapping[str, Sequence[tuple[str, str]]]
+    answers: Mapping[str, Answers]
 
     @property
     def names(self) -> list[str]:
@@ -46,12 +51,12 @@ class Tenants:
 
 
 async def make_tenants(folder: Path, count: int, rank: int, prompts: int, tokens: int) -> Tenants:
-    """Write ``count`` adapters of the demo model and ask each ``prompts`` questions.
+    """Write adapters of the demo model, ask each ``prompts`` questions, choose ``count`` that all answer differently.
 
-    Raises RuntimeError when two adapters answer alike: a text could not tell one from the other then.
+    Raises RuntimeError when there are not as many: a text could not tell one adapter from another then.
     """
     layout = adapter_layout(ModelSpec.from_dir(MODEL))
-    names = [f"tenant-{number:03d}" for number in range(count)]
+    names = [f"tenant-{number:03d}" for number in range(count + ceil(SPARE * count))]
     for number, name in enumerate(names):
         write_random_adapter(folder / name, layout, rank, number, SPREAD)
     settings = EngineSettings(
@@ -60,7 +65,7 @@ async def make_tenants(folder: Path, count: int, rank: int, prompts: int, tokens
         device="cpu",
         slots=((rank, 32),),
         max_rows=32,
-        max_waiting=count * prompts * CANDIDATES,
+        max_waiting=len(names) * prompts * CANDIDATES,
         cpu_threads=1,
         num_pages=1024,
         store=StoreSettings(folders=(str(folder),), host_cache_bytes=2**28),
@@ -72,21 +77,38 @@ async def make_tenants(folder: Path, count: int, rank: int, prompts: int, tokens
         answers = await asyncio.gather(*(_answers(engine, name, candidates, prompts, tokens) for name in names))
     finally:
         await engine.close()
-    for number in range(prompts):
-        if len({own[number][1] for own in answers}) < count:
-            raise RuntimeError(f"two adapters answer question {number} alike: raise the tokens of an answer")
+    clear = {name: own for name, own in zip(names, answers, strict=True) if len(own) == prompts}
+    chosen = _telling(clear, count)
+    if len(chosen) < count:
+        raise RuntimeError(
+            f"of {len(names)} adapters {len(clear)} answer {prompts} of {len(candidates)} questions clearly, and "
+            f"{len(chosen)} of them differently: other --tokens may help"
+        )
     catalog = Catalog(settings.store)
     try:
-        digests = {name: catalog.resolve(name).digest for name in names}
+        digests = {name: catalog.resolve(name).digest for name in chosen}
     finally:
         catalog.close()
-    return Tenants(folder, digests, tokens, dict(zip(names, answers, strict=True)))
+    return Tenants(folder, digests, tokens, chosen)
+
+
+def _telling(answers: Mapping[str, Answers], count: int) -> dict[str, Answers]:
+    """The first ``count`` adapters, or as many as there are, of which no two answer a question alike."""
+    told: set[tuple[int, str]] = set()
+    chosen: dict[str, Answers] = {}
+    for name, own in answers.items():
+        new = {(number, text) for number, (_, text) in enumerate(own)}
+        if len(chosen) < count and told.isdisjoint(new):
+            told |= new
+            chosen[name] = own
+    return chosen
 
 
 async def _answers(
     engine: Engine, name: str, candidates: Sequence[str], wanted: int, tokens: int
 ) -> list[tuple[str, str]]:
-    """The first ``wanted`` prompts that leave no doubt about a greedy choice, with their texts."""
+    """The first ``wanted`` prompts that leave no doubt about a greedy choice, with their texts; all that there are of
+    them when they are fewer."""
     found: list[tuple[str, str]] = []
     tokenizer = Tokenizer.from_dir(MODEL)
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=2)
@@ -97,5 +119,5 @@ async def _answers(
         if all(first[1] - second[1] > MARGIN for first, second in (token.top[:2] for token in chosen)):
             found.append((prompt, "".join(chunk.text for chunk in chunks)))
         if len(found) == wanted:
-            return found
-    raise RuntimeError(f"{name} has only {len(found)} prompts with clear answers: shorten the answers")
+            break
+    return found
