@@ -130,9 +130,9 @@ def _rank_for_adapter(
     roomy = able & (loads <= bound)
     warm = [*resident, *loading]
     best = min((loads[index] for index in warm), default=np.inf)
-    if warm and (len(warm) < copies or best > policy.spill_at):
-        # Another copy costs a load, so it must be where the request runs sooner, and where it would not itself wait:
-        # else, with every replica busy, copies would be made all the time and nobody served.
+    if warm and (len(warm) < view.wanted(request.adapter) or best > policy.spill_at):
+        # Another copy costs a load, so it must be for rows that are there now, where the request runs sooner, and where
+        # it would not itself wait: else, with every replica busy, copies would be made all the time and nobody served.
         sooner = min(best, policy.spill_at)
         ranking.add([index for index in spare if loads[index] < sooner][:1], Reason.RESIDENT)
         if not ranking.choices:

@@ -37,7 +37,8 @@ class ReplicaLoad:
     running, waiting: rows. max_rows: rows one step can hold. ranks: sum of the ranks in the running batch.
     free_slots: (rank of the class, slots of it that are empty or hold what no request uses), () where there is no
     telling. saturated: it takes no more. draining: it is going away. rows: rows of each adapter, running and waiting,
-    by short key, each at least 1; the base model's are not among them.
+    by short key, each at least 1; the base model's are not among them. They are counted as they come and go, and the
+    engine hears of them a step later: they may add up to more than ``running + waiting``.
     """
 
     running: int = 0
@@ -50,10 +51,15 @@ class ReplicaLoad:
     rows: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def under_way(self) -> int:
+        """Rows, running and waiting, those that the engine has yet to hear of among them."""
+        return max(self.running + self.waiting, sum(self.rows.values()))
+
+    @property
     def stage(self) -> tuple[bool, bool, bool, int]:
         """What decisions hang on: whether it takes requests, has a slot to give, and how many quarters of a step its
         rows fill."""
-        return self.saturated, self.draining, self.room(), 4 * (self.running + self.waiting) // self.max_rows
+        return self.saturated, self.draining, self.room(), 4 * self.under_way // self.max_rows
 
     def room(self) -> bool:
         """Whether it has a slot to give, as far as is known."""
@@ -119,7 +125,7 @@ class FleetView:
         if known is None:
             return
         before, known.load = known.load, load
-        base_rows = load.running + load.waiting - sum(load.rows.values())
+        base_rows = load.under_way - sum(load.rows.values())
         rows = {**load.rows, "": base_rows}
         for adapter, count in known.own.items():
             rows[adapter] = max(rows.get(adapter, 0), count)
@@ -194,8 +200,12 @@ class FleetView:
         """Rows of the adapter, running and waiting, over all replicas."""
         return sum(self._busy.get(adapter, {}).values())
 
+    def wanted(self, adapter: str) -> int:
+        """How many replicas the adapter's rows ask for when one more request of it has come."""
+        return self.policy.copies_for(self.demand(adapter) + 1, self.step_rows, len(self.names))
+
     def copies(self, adapter: str) -> int:
-        """How many replicas should serve the adapter when one more request of it has come."""
+        """How many of its replicas should serve the adapter then: also those that it held on to after a burst."""
         return self._copies.copies(adapter, self.demand(adapter) + 1, self.step_rows, len(self.names))
 
     def holders(self, adapter: str, now: float) -> dict[Tier, list[int]]:

@@ -136,7 +136,7 @@ def test_a_resident_copy_is_preferred_to_all_else_unless_it_is_busy(view, adapte
         best = min(view.loads[index] for index in resident)
         chosen = view.names.index(choice.replica)
         assert view.loads[chosen] < best
-        assert best > view.policy.spill_at or view.copies(adapter) > len(resident)
+        assert best > view.policy.spill_at or view.wanted(adapter) > len(resident)
 
 
 @laws
@@ -203,6 +203,24 @@ def test_copies_come_at_once_go_after_a_while_and_do_not_flap():
     assert 4 <= copies <= 5  # 16 rows, 4 to a copy; every burst found the same ones
     assert min(used[:10]) >= 4 and used[12] >= 4
     assert view.copies("hot") == 1
+
+
+def test_a_copy_lost_after_a_burst_comes_back_with_the_next_burst_and_not_before():
+    view = fleet(4, spread_at=0.5)
+    home, second, *_ = homes(view, "x")
+    for replica in (home, second):
+        view.change(replica, Tier.RESIDENT, ["x"], [])
+    for _ in range(STEP // 2 + 1):
+        view.routed(home, "x", now=0.0)
+    assert view.copies("x") == view.wanted("x") == 2
+    for _ in range(STEP // 2):
+        view.finished(home, "x")
+    view.change(second, Tier.RESIDENT, [], ["x"])
+    assert (view.copies("x"), view.wanted("x")) == (2, 1)
+    assert first(view, "x", 1.0) == Choice(home, Reason.RESIDENT)
+    for _ in range(STEP // 2):
+        view.routed(home, "x", now=2.0)
+    assert first(view, "x", 2.0) == Choice(second, Reason.SPREAD)
 
 
 def test_all_replicas_full_means_no_new_copies():
