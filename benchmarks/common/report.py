@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import sys
@@ -19,9 +20,13 @@ Row = dict[str, Any]
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's own name, or the CPU's."""
+    """The GPU's own name, or the CPU's and how many of its cores there are for this process."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
