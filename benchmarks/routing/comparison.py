@@ -89,7 +89,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     if ours is None:
         return []
     return [
-        f"against {name}: {100 * (1 - ours['loads'] / other['loads']):.0f} % fewer loads, "
+        f"against {name}: {len(repetitions) * ours['loads']:.0f} to {len(repetitions) * other['loads']:.0f} loads, "
+        f"{100 * (1 - ours['loads'] / other['loads']):.1f} % fewer, "
         f"hit rate {ours['hit_rate']:.3f} to {other['hit_rate']:.3f}, "
         f"{100 * (1 - ours['fetched'] / max(other['fetched'], 1)):.0f} % fewer from their source, "
         f"TTFT p99 (median of repetitions) {ours['ttft_ms_p99_median']:.0f} to {other['ttft_ms_p99_median']:.0f} ms, "
