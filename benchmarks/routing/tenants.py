@@ -78,7 +78,7 @@ async def make_tenants(folder: Path, count: int, rank: int, prompts: int, tokens
     finally:
         await engine.close()
     clear = {name: own for name, own in zip(names, answers, strict=True) if len(own) == prompts}
-    chosen = _telling(clear, count)
+    chosen = telling(clear, count)
     if len(chosen) < count:
         raise RuntimeError(
             f"of {len(names)} adapters {len(clear)} answer {prompts} of {len(candidates)} questions clearly, and "
@@ -92,7 +92,7 @@ async def make_tenants(folder: Path, count: int, rank: int, prompts: int, tokens
     return Tenants(folder, digests, tokens, chosen)
 
 
-def _telling(answers: Mapping[str, Answers], count: int) -> dict[str, Answers]:
+def telling(answers: Mapping[str, Answers], count: int) -> dict[str, Answers]:
     """The first ``count`` adapters, or as many as there are, of which no two answer a question alike."""
     told: set[tuple[int, str]] = set()
     chosen: dict[str, Answers] = {}

@@ -15,7 +15,7 @@ from benchmarks.routing.comparison import Run, counted, together, verdict
 from benchmarks.routing.far_store import FarStore
 from benchmarks.routing.node_loss import account, failures
 from benchmarks.routing.policies import Policy
-from benchmarks.routing.tenants import Tenants
+from benchmarks.routing.tenants import Tenants, telling
 from benchmarks.routing.traffic import Outcome, Traffic, gateway_lost
 from benchmarks.serving.answer import Answer, Ending
 
@@ -69,6 +69,12 @@ def test_routers_get_the_same_requests() -> None:
     assert Traffic(TENANTS, 20.0, 1.0, 0.5).arrivals(5, 20, 7) == Traffic(TENANTS, 20.0, 1.0, 0.5).arrivals(5, 20, 7)
 
 
+def test_adapters_that_answer_like_an_earlier_one_are_left_out() -> None:
+    answers = {"a": [("p", "x"), ("q", "y")], "b": [("p", "x"), ("q", "z")], "c": [("p", "y"), ("q", "x")]}
+    assert list(telling(answers, 3)) == ["a", "c"]
+    assert list(telling(answers, 1)) == ["a"]
+
+
 def test_a_far_store_answers_late_and_any_number_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("weights")
     with FarStore(tmp_path, 0.2) as far, ThreadPoolExecutor(8) as pool:
@@ -103,7 +109,7 @@ def test_repetitions_together() -> None:
     assert ours["ttft_ms_p99_median"] == pytest.approx(300.0)
     assert (rival["policy"], rival["hit_rate"], rival["loads"]) == ("hash", 0.25, 3.0)
     (line,) = verdict([ours, rival, *(each.row() for each in RUNS)])
-    assert line.startswith("against hash: 50 % fewer loads, hit rate 0.750 to 0.250")
+    assert line.startswith("against hash: 3 to 6 loads, 50.0 % fewer, hit rate 0.750 to 0.250")
 
 
 def test_the_picture_of_a_comparison() -> None:
