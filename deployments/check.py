@@ -240,7 +240,10 @@ def _port_mistake(host: str | None, port: int, running: bool) -> str | None:
             probe.bind((host or "127.0.0.1", port))
         except OSError as error:
             reason = f"{host}:{port} cannot be used ({error.strerror})"
-            remedy = "stop what listens there, change port, or say --running if it is the server to be changed"
+            remedy = (
+                "stop what listens there, change port, or, if it is the server to be changed, check the file with "
+                "python -m deployments.check --running"
+            )
             return f"http_options: {reason}: {remedy}"
     return None
 

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -148,6 +149,13 @@ def show(row: Row) -> None:
     sys.stdout.flush()
 
 
+def _policies(text: str) -> list[Policy]:
+    names = text.split(",")
+    if unknown := set(names) - set(Policy):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(Policy)}")
+    return [Policy(name) for name in names]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run, print, write and draw; fail on a wrong text or a lost request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,12 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=8, help="a replica")
     parser.add_argument("--rows", type=int, default=32, help="most requests in one step of a replica")
     parser.add_argument("--host-mib", type=int, default=16, help="a replica's host cache, some 50 adapters of rank 4")
-    parser.add_argument("--policies", type=lambda text: [Policy(one) for one in text.split(",")], default=list(Policy))
+    parser.add_argument("--policies", type=_policies, default=list(Policy), help=f"of {', '.join(Policy)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-node", action="store_true", help="our router alone, a node killed in mid-run")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--plot", type=Path, help="also draw it here (PNG)")
     parsed = parser.parse_args(arguments)
+    if parsed.plot and find_spec("matplotlib") is None:
+        parser.error("--plot draws with matplotlib, which is not installed: pip install -e '.[bench]'")
     parsed.tokens = parsed.tokens or (64 if parsed.kill_node else 4)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lf-", dir="/tmp") as folder:
