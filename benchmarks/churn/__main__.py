@@ -44,6 +44,7 @@ from benchmarks.churn.arrivals import PLACES, ChurnArrivals
 from benchmarks.churn.copies import ChurnCopies
 from benchmarks.churn.loads import CASES, ChurnLoads
 from benchmarks.churn.poisson import ChurnPoisson
+from benchmarks.common.options import some_of
 from benchmarks.common.random_engine import RandomEngine, random_engine
 from benchmarks.common.report import Report, Row, device_name
 from benchmarks.common.synthetic import SHAPES
@@ -130,7 +131,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--slots", type=int, default=40, help="adapter slots and most rows; adapters are twice as many")
-    parser.add_argument("--parts", type=_parts, default=",".join(PARTS), help=f"of {', '.join(PARTS)}, comma separated")
+    parser.add_argument(
+        "--parts", type=some_of(PARTS), default=",".join(PARTS), help=f"of {', '.join(PARTS)}, comma separated"
+    )
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens")
     parser.add_argument("--repeats", type=int, default=12, help="copies: how many of each kind")
     parser.add_argument("--rows", type=int, default=24, help="arrivals: rows that decode meanwhile")
@@ -151,13 +154,6 @@ def main() -> None:
     report.write(arguments.json)
     if any("error" in row for row in report.rows):
         sys.exit(1)
-
-
-def _parts(text: str) -> list[str]:
-    chosen = text.split(",")
-    if unknown := sorted(set(chosen) - set(PARTS)):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(PARTS)}")
-    return chosen
 
 
 if __name__ == "__main__":

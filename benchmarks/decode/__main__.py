@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.distributions import DISTRIBUTIONS
+from benchmarks.common.options import picture, some_of
 from benchmarks.common.random_engine import random_engine
 from benchmarks.common.report import Report, Row, device_name
 from benchmarks.common.synthetic import SHAPES
@@ -80,7 +81,10 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=64, help="adapters to make; a larger batch shares them")
     parser.add_argument("--rank", type=_numbers, default="16", help="ranks that the adapters have in turns")
     parser.add_argument(
-        "--dist", type=_distributions, default="distinct,base", help=f"of {', '.join(DISTRIBUTIONS)}, comma separated"
+        "--dist",
+        type=some_of(DISTRIBUTIONS),
+        default="distinct,base",
+        help=f"of {', '.join(DISTRIBUTIONS)}, comma separated",
     )
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
@@ -98,7 +102,7 @@ def main() -> None:
     parser.add_argument("--long-prompt", type=int, metavar="TOKENS", help="a prompt of that many tokens arrives")
     parser.add_argument("--rows", type=int, default=24, help="rows that decode while others arrive")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--plot", type=Path, help="also draw the batches here (PNG)")
+    parser.add_argument("--plot", type=picture, help="also draw the batches here (PNG)")
     parser.add_argument("--rival", type=Path, action="append", default=[], help="rows of another engine for the plot")
     arguments = parser.parse_args()
     if arguments.rival and not arguments.plot:
@@ -116,13 +120,6 @@ def main() -> None:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-def _distributions(text: str) -> list[str]:
-    chosen = text.split(",")
-    if unknown := sorted(set(chosen) - set(DISTRIBUTIONS)):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(DISTRIBUTIONS)}")
-    return chosen
 
 
 if __name__ == "__main__":

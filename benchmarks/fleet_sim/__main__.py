@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from adapter_store.eviction import EVICTION_NAMES, eviction_policy
+from benchmarks.common.options import some_of
 from benchmarks.common.report import Report, Row, device_name
 from benchmarks.fleet_sim.optimum import best_placement, clairvoyant
 from benchmarks.fleet_sim.ours import Placement
@@ -140,7 +141,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=_integers, default="100")
     parser.add_argument("--adapters", type=int, default=20_000)
     parser.add_argument("--zipf", type=_numbers, default="1.0")
-    parser.add_argument("--policies", type=_names, default=",".join(POLICIES), help=f"of {', '.join(POLICIES)}")
+    parser.add_argument(
+        "--policies", type=some_of(POLICIES), default=",".join(POLICIES), help=f"of {', '.join(POLICIES)}"
+    )
     parser.add_argument("--rate", type=float, default=30.0, help="requests a second for each replica")
     parser.add_argument("--seconds", type=float, default=360.0)
     parser.add_argument("--warm", type=float, default=300.0, help="seconds at the beginning that do not count")
@@ -173,13 +176,6 @@ def main() -> None:
 def _setting(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     return name, float(value)
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - set(POLICIES):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(POLICIES)}")
-    return names
 
 
 def _integers(text: str) -> list[int]:

@@ -30,11 +30,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.common.options import picture, some_of
 from benchmarks.common.report import Report, Row, device_name
 from benchmarks.routing.cluster import RoutingCluster
 from benchmarks.routing.comparison import Run, counted, together, verdict
@@ -83,14 +84,18 @@ def settings(arguments: argparse.Namespace, tenants: Tenants, far: FarStore, pol
     )
 
 
+def deployed(
+    arguments: argparse.Namespace, tenants: Tenants, far: FarStore, cluster: RoutingCluster, policy: Policy
+) -> str:
+    """The name of an application with this router, when every gateway's proxy knows it."""
+    cluster.deploy(policy.value, build(policy, settings(arguments, tenants, far, policy), arguments.slots))
+    asyncio.run(wait_for(cluster.urls, policy.value))
+    return policy.value
+
+
 def compare(arguments: argparse.Namespace, tenants: Tenants, far: FarStore, cluster: RoutingCluster) -> list[Run]:
     """All routers, taking turns."""
-
-    def deploy(policy: Policy) -> str:
-        cluster.deploy(policy.value, build(policy, settings(arguments, tenants, far, policy), arguments.slots))
-        asyncio.run(wait_for(cluster.urls, policy.value))
-        return policy.value
-
+    deploy = partial(deployed, arguments, tenants, far, cluster)
     traffic = Traffic(tenants, arguments.rate, arguments.zipf, arguments.shape)
     runs: list[Run] = []
     # A new cluster's first application is served more slowly than those after it, whatever its router.
@@ -118,12 +123,10 @@ def compare(arguments: argparse.Namespace, tenants: Tenants, far: FarStore, clus
 
 def lose_node(arguments: argparse.Namespace, tenants: Tenants, far: FarStore, cluster: RoutingCluster) -> Row:
     """Our router, and a node less from the middle on."""
-    name = Policy.OURS.value
-    cluster.deploy(name, build(Policy.OURS, settings(arguments, tenants, far, Policy.OURS), arguments.slots))
+    name = deployed(arguments, tenants, far, cluster, Policy.OURS)
     traffic = Traffic(tenants, arguments.rate, arguments.zipf, arguments.shape)
 
     async def run() -> list[Outcome]:
-        await wait_for(cluster.urls, name)
         warm, arrivals = traffic.arrivals(arguments.warm, arguments.requests, arguments.seed + 1)
         await traffic.offer(cluster.urls, name, warm)
         offered = asyncio.create_task(traffic.offer(cluster.urls, name, arrivals))
@@ -149,13 +152,6 @@ def show(row: Row) -> None:
     sys.stdout.flush()
 
 
-def _policies(text: str) -> list[Policy]:
-    names = text.split(",")
-    if unknown := set(names) - set(Policy):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(Policy)}")
-    return [Policy(name) for name in names]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, run, print, write and draw; fail on a wrong text or a lost request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,14 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=8, help="a replica")
     parser.add_argument("--rows", type=int, default=32, help="most requests in one step of a replica")
     parser.add_argument("--host-mib", type=int, default=16, help="a replica's host cache, some 50 adapters of rank 4")
-    parser.add_argument("--policies", type=_policies, default=list(Policy), help=f"of {', '.join(Policy)}")
+    parser.add_argument("--policies", type=some_of(Policy), default=list(Policy), help=f"of {', '.join(Policy)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-node", action="store_true", help="our router alone, a node killed in mid-run")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--plot", type=Path, help="also draw it here (PNG)")
+    parser.add_argument("--plot", type=picture, help="also draw it here (PNG)")
     parsed = parser.parse_args(arguments)
-    if parsed.plot and find_spec("matplotlib") is None:
-        parser.error("--plot draws with matplotlib, which is not installed: pip install -e '.[bench]'")
     parsed.tokens = parsed.tokens or (64 if parsed.kill_node else 4)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lf-", dir="/tmp") as folder:

@@ -48,6 +48,7 @@ import torch
 import yaml
 
 from benchmarks.common.lengths import Lengths
+from benchmarks.common.options import picture
 from benchmarks.common.report import Report, Row, cell, device_name
 from benchmarks.common.synthetic import SHAPES
 from benchmarks.serving.fleet_stats import FleetStats
@@ -153,7 +154,7 @@ def main() -> None:
     host.add_argument("--num-gpus", type=float, help="GPUs a replica, fractions allowed (default: as configured)")
     host.add_argument("--start-s", type=float, default=180, help="longest wait for the first answer")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--plot", type=Path, help="also draw it here (PNG)")
+    parser.add_argument("--plot", type=picture, help="also draw it here (PNG)")
     arguments = parser.parse_args()
     try:
         arguments.prompt = Lengths(arguments.prompt, arguments.sigma, 4, arguments.max_prompt)
