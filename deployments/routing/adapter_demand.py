@@ -25,9 +25,8 @@ class CopyCounts:
         self._policy = policy
         self._held: dict[str, _Held] = {}
 
-    def copies(self, adapter: str, rows: float, step_rows: float, replicas: int) -> int:
-        """How many it should have now, with that many rows under way."""
-        wanted = self._policy.copies_for(rows, step_rows, replicas)
+    def copies(self, adapter: str, wanted: int, replicas: int) -> int:
+        """How many it should have now, when its rows ask for ``wanted``."""
         held = self._held.get(adapter)
         return wanted if held is None else max(wanted, min(held.copies, replicas))
 

@@ -125,8 +125,9 @@ class FleetView:
         if known is None:
             return
         before, known.load = known.load, load
-        base_rows = load.under_way - sum(load.rows.values())
-        rows = {**load.rows, "": base_rows}
+        rows = dict(load.rows)
+        if base_rows := load.under_way - sum(rows.values()):
+            rows[""] = base_rows
         for adapter, count in known.own.items():
             rows[adapter] = max(rows.get(adapter, 0), count)
         self._believe(known, rows)
@@ -206,7 +207,7 @@ class FleetView:
 
     def copies(self, adapter: str) -> int:
         """How many of its replicas should serve the adapter then: also those that it held on to after a burst."""
-        return self._copies.copies(adapter, self.demand(adapter) + 1, self.step_rows, len(self.names))
+        return self._copies.copies(adapter, self.wanted(adapter), len(self.names))
 
     def holders(self, adapter: str, now: float) -> dict[Tier, list[int]]:
         """Indices of the replicas that have the adapter, each under the best tier that it has it in."""
