@@ -148,15 +148,14 @@ async def test_law_2_neighbours_slots_eviction_chunks_and_preemption_change_noth
     async with running(settings_for(model, adapters, max_batch_tokens=512)) as engine:
         alone = [await answer(engine, request) for request in requests]
     cramped = settings_for(model, adapters, max_batch_tokens=9, slots={16: 1}, num_pages=12, poison=True)
-    turns = 3
     async with running(cramped) as engine:
-        for turn in range(turns):
+        for turn in range(5):  # each has both adapters, and there is one slot: an eviction at least
             order = requests[turn:] + requests[:turn]
             for request, chunk in zip(order, await answers(engine, order), strict=True):
                 alike(chunk, alone[requests.index(request)])
         stats = engine.stats()
         assert at_rest(engine)
-    assert stats.slot_evictions >= turns  # each turn has both adapters, and there is one slot
+    assert stats.slot_evictions > 4
 
 
 @pytest.mark.parametrize("how", ["mean", "last", "logprobs"])
